@@ -23,9 +23,7 @@ def stream_id(name: str) -> int:
     return zlib.crc32(name.encode())
 
 
-def philox4x32(
-    counter: tuple[Array, Array, Array, Array], key: tuple[int, int]
-) -> tuple[Array, Array, Array, Array]:
+def philox4x32(counter: tuple[Array, Array, Array, Array], key: tuple[int, int]) -> tuple[Array, Array, Array, Array]:
     """Ten rounds of Philox4x32 on int64 arrays that hold 32-bit words (values in [0, 2^32)).
 
     The 32 x 32 -> 64 bit product is formed in int64: it may wrap, but its bits are those of the unsigned product,

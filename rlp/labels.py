@@ -4,6 +4,8 @@ Every label is a pure function of (seed, sample id, draw, n): a random word w in
 ``floor(w * n / 2^32)``. The same words serve every n, and noisy or member sets are nested as their rate grows.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -54,11 +56,10 @@ def noisy_labels(label: Array, noise: Array, noise_class: Array, rate: float, nu
     """
     if num_classes < 2:
         return label
-    wrong = (label + 1 + random_labels(noise_class, num_classes - 1)) % num_classes
-    noisy = noise < _threshold(rate, "label_noise")
-    if isinstance(label, torch.Tensor):
-        return torch.where(noisy, wrong, label)
-    return np.where(noisy, wrong, label)
+    wrong: Any = (label + 1 + random_labels(noise_class, num_classes - 1)) % num_classes
+    noisy: Any = noise < _threshold(rate, "label_noise")
+    where: Any = torch.where if isinstance(label, torch.Tensor) else np.where
+    return where(noisy, wrong, label)
 
 
 def member_mask(member: Array, fraction: float) -> Array:

@@ -4,7 +4,7 @@ Salmon, Moraes, Dror, Shaw: "Parallel Random Numbers: As Easy as 1, 2, 3", SC 20
 state: the bits of a sample depend on (seed, stream, epoch, sample id) alone, never on the order or place of asking.
 """
 
-from typing import TypeVar
+from typing import Any, TypeVar
 import zlib
 
 import numpy as np
@@ -55,18 +55,12 @@ def random_bits(seed: int, stream: str, index: Array, count: int, epoch: int = 0
     """
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed is {seed}; expected an integer in [0, 2^64)")
+    is_torch = isinstance(index, torch.Tensor)
+    ids: Any = index.long() if is_torch else np.asarray(index, dtype=np.int64)
     blocks = -(-count // 4)
-    if isinstance(index, torch.Tensor):
-        index = index.long()
-        block = torch.arange(blocks, device=index.device)
-    else:
-        index = np.asarray(index, dtype=np.int64)
-        block = np.arange(blocks, dtype=np.int64)
-    c0 = index[..., None] + block * 0  # [*index.shape, blocks]
-    zero = c0 * 0
-    counter = (c0, zero + epoch, zero + block, zero + stream_id(stream))
-    with np.errstate(over="ignore"):
-        words = philox4x32(counter, (seed & _MASK, seed >> 32))
-    if isinstance(index, torch.Tensor):
-        return torch.stack(words, dim=-1).flatten(-2)[..., :count]
-    return np.stack(words, axis=-1).reshape(*index.shape, -1)[..., :count]
+    block: Any = torch.arange(blocks, device=ids.device) if is_torch else np.arange(blocks, dtype=np.int64)
+    zero = ids[..., None] * 0 + block * 0  # [*index.shape, blocks]
+    counter = (zero + ids[..., None], zero + epoch, zero + block, zero + stream_id(stream))
+    words: Any = philox4x32(counter, (seed & _MASK, seed >> 32))
+    stacked: Any = torch.stack(words, dim=-1) if is_torch else np.stack(words, axis=-1)
+    return stacked.reshape(*ids.shape, -1)[..., :count]

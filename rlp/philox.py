@@ -63,4 +63,4 @@ def random_bits(seed: int, stream: str, index: Array, count: int, epoch: int = 0
     counter = (zero + ids[..., None], zero + epoch, zero + block, zero + stream_id(stream))
     words: Any = philox4x32(counter, (seed & _MASK, seed >> 32))
     stacked: Any = torch.stack(words, dim=-1) if is_torch else np.stack(words, axis=-1)
-    return stacked.reshape(*ids.shape, -1)[..., :count]
+    return stacked.reshape(*ids.shape, 4 * blocks)[..., :count]

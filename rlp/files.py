@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-import tempfile
+import secrets
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> Path:
@@ -19,14 +19,12 @@ def write_atomically(path: str | Path, content: str | bytes) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     data = content.encode("utf-8") if isinstance(content, str) else content
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(_mode_of_new_files())  # mkstemp makes the file unreadable to everybody else
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -35,7 +33,7 @@ def write_atomically(path: str | Path, content: str | bytes) -> Path:
     return path
 
 
-def sync_folder(folder: Path) -> None:
+def sync_folder(folder: str | Path) -> None:
     """Flush a folder's entries to the disk, so that a rename in it outlives a power cut (POSIX only)."""
     if os.name != "posix":
         return
@@ -44,10 +42,3 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _mode_of_new_files() -> int:
-    """The permissions that `open` would give a new file under the current umask."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask

@@ -48,7 +48,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         UserError: the file is missing, damaged (a checksum differs), or not a checkpoint of this schema.
     """
     state = _load_tensors(path)
-    if not isinstance(state, dict) or not _KEYS <= state.keys():
+    if not isinstance(state, dict) or not state.keys() >= _KEYS:
         raise UserError(f"{path} is not a checkpoint of a run: expected the keys {', '.join(sorted(_KEYS))}")
     if state["schema"] != SCHEMA:
         raise UserError(f"{path} has checkpoint schema {state['schema']}; this version reads schema {SCHEMA}")

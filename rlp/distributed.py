@@ -69,6 +69,12 @@ def group_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def wait_for_all() -> None:
+    """Return when every rank has come here."""
+    if group_size() > 1:
+        dist.barrier()
+
+
 def reduce_sum(value: Tensor) -> Tensor:
     """Sum of ``value`` over all ranks, on every rank (a new tensor; the value itself without a process group)."""
     if group_size() == 1:

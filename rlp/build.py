@@ -1,0 +1,111 @@
+"""From a configuration to the objects of a run: data, model, heads. Everything is checked before training starts."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from rlp import labels
+from rlp.checkpoint import load_model_weights
+from rlp.data.augment import Augment
+from rlp.data.beton import Beton, Card
+from rlp.data.loader import Loader, open_loader
+from rlp.distributed import World
+from rlp.errors import UserError
+from rlp.models import RandomLabelHeads, attach, build_model
+from rlp.schema import TrainConfig
+from rlp.trainer import Data
+
+
+def build_data(config: TrainConfig, world: World) -> Data:
+    """Open both .beton files and their loaders.
+
+    Raises:
+        UserError: a file or card is missing or damaged, or the two files or the heads do not fit together.
+    """
+    data = config.data
+    files = {"train": Beton.open(data.train), "val": Beton.open(data.val)}
+    _check_cards(config, files["train"].card, files["val"].card)
+    train = _open(config, world, "train", train=True)
+    evaluation = {"train": _open(config, world, "train", train=False), "val": _open(config, world, "val", train=False)}
+    card = files["train"].card
+    augment = Augment(
+        mean=data.mean or card.mean,
+        std=data.std or card.std,
+        flip=data.flip,
+        crop_padding=data.crop_padding,
+        cutout=data.cutout,
+        seed=config.run.seed,
+    )
+    hashes = {split: beton.card.sha256 for split, beton in files.items()}
+    return Data(train, evaluation, augment, _class_floors(config, files["train"]), hashes)
+
+
+def _check_cards(config: TrainConfig, train: Card, val: Card) -> None:
+    if train.classes != val.classes:
+        raise UserError(f"data.val {config.data.val} has other classes than data.train {config.data.train}")
+    if config.heads.taps and config.heads.draws > train.draws:
+        raise UserError(
+            f"heads.draws is {config.heads.draws}, but {config.data.train} holds {train.draws} draws; expected at most "
+            "that many, or a file written with a larger words.draws"
+        )
+
+
+def _open(config: TrainConfig, world: World, split: str, train: bool) -> Loader:
+    data = config.data
+    view = {"label_noise": data.label_noise, "member_fraction": data.member_fraction} if split == "train" else {}
+    return open_loader(
+        data.train if split == "train" else data.val,
+        train=train,
+        batch_size=data.batch_size if train else data.eval_batch_size or data.batch_size,
+        seed=config.run.seed,
+        world=world,
+        kind=data.loader,
+        resident_limit=int(data.resident_limit_gb * 2**30),
+        workers=data.workers,
+        image_size=data.image_size,
+        crop_scale=tuple(data.crop_scale),
+        center_ratio=data.center_ratio,
+        verify=data.verify,
+        **view,
+    )
+
+
+def _class_floors(config: TrainConfig, beton: Beton) -> list[float]:
+    """Class-only floor per draw over the samples trained on, with the labels they are given."""
+    heads, data, classes = config.heads, config.data, len(beton.card.classes)
+    if not heads.taps:
+        return []
+    member = labels.member_mask(beton.named("member"), data.member_fraction)
+    given = labels.noisy_labels(
+        beton.label, beton.named("noise"), beton.named("noise_class"), data.label_noise, classes
+    )
+    random_labels = labels.random_labels(beton.draw_words[:, : heads.draws], heads.num_labels)
+    return labels.class_floor(np.asarray(given)[member], random_labels[member], classes, heads.num_labels).tolist()
+
+
+def build_network(config: TrainConfig, card: Card, device: torch.device) -> tuple[nn.Module, RandomLabelHeads | None]:
+    """The backbone and, where ``heads.taps`` names any, its heads, on ``device``."""
+    size = config.data.image_size or card.height
+    model = build_model(config.model.name, len(card.classes), size, dict(config.model.args))
+    if config.model.weights:
+        load_model_weights(model, Path(config.model.weights))
+    model.to(device)
+    if config.model.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    heads = config.heads
+    if not heads.taps:
+        return model, None
+    attached = attach(
+        model,
+        taps=list(heads.taps),
+        num_labels=heads.num_labels,
+        draws=heads.draws,
+        seed=config.run.seed,
+        pool=heads.pool,
+        layers=heads.layers,
+        hidden=heads.hidden,
+        example=torch.zeros(1, 3, size, size, device=device),
+    )
+    return model, attached

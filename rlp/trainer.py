@@ -1,0 +1,359 @@
+"""The training loop: class loss for the backbone, random-label heads beside it, exact resume, honest bookkeeping."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, closing, nullcontext
+import dataclasses
+from pathlib import Path
+import signal
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from rlp import checkpoint, seeding
+from rlp.data.augment import Augment
+from rlp.data.batch import Batch
+from rlp.data.loader import Loader
+from rlp.distributed import World, any_rank, wait_for_all
+from rlp.meters import FiniteWatch, Sums
+from rlp.models import RandomLabelHeads
+from rlp.optim import build_optimizer, lr_factor, parameter_groups, set_lr
+from rlp.runlog import RunLog
+from rlp.schema import TrainConfig
+
+INTERRUPTED = 75
+"""Exit status after SIGTERM with a checkpoint saved (EX_TEMPFAIL: run again with --run.resume auto)."""
+
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What the loop reads: training batches, and the same images in order for evaluation.
+
+    ``floors``: class-only floor per draw, for the training split's given labels.
+    """
+
+    train: Loader
+    evaluation: dict[str, Loader]  # "train" and "val"
+    augment: Augment
+    floors: list[float]
+    hashes: dict[str, str]
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where the run stands: ``epoch`` and ``batch`` (within it) to do next, batches done in all, best accuracy."""
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    best: float = -1.0
+    seconds: float = 0.0
+
+
+class Trainer:
+    """Trains ``model`` with ``heads`` on ``data`` as ``config`` says; :meth:`fit` is all a caller needs."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        world: World,
+        model: nn.Module,
+        heads: RandomLabelHeads | None,
+        data: Data,
+        log: RunLog,
+    ) -> None:
+        self.config, self.world, self.model, self.heads, self.data, self.log = config, world, model, heads, data, log
+        self.progress = Progress()
+        self.checkpoints = Path(config.run.dir) / "checkpoints"
+        self.forward = self._wrap(model)
+        self.optimizers = self._build_optimizers()
+        self.amp = AMP_DTYPES.get(config.train.amp)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.train.amp == "fp16")
+        names = ["loss", "class_loss", "fit_loss", "penalty", "correct", "count"]
+        self.window, self.epoch_sums = Sums(names, world.device), Sums(names, world.device)
+        taps = list(heads.tap_names) if heads else []
+        self.watch = FiniteWatch(
+            ["class loss", "penalty", *(f"fit loss at tap {tap}" for tap in taps)], world.device, world.rank
+        )
+        self._terminated = False
+
+    def _wrap(self, model: nn.Module) -> nn.Module:
+        if self.world.size > 1:
+            devices = [self.world.device.index] if self.world.device.type == "cuda" else None
+            model = DistributedDataParallel(model, device_ids=devices)
+        return torch.compile(model) if self.config.model.compile else model  # type: ignore[return-value]
+
+    def _build_optimizers(self) -> list[torch.optim.Optimizer]:
+        """One optimiser for the backbone and one for the heads, so that neither step can touch the other's state."""
+        train, heads = self.config.train, self.config.heads
+        groups = parameter_groups(self.model, train.weight_decay)
+        shared = {"momentum": train.momentum, "nesterov": train.nesterov, "betas": train.betas}
+        optimizers = [build_optimizer(train.optimizer, groups, train.lr, **shared)]
+        if self.heads is not None:
+            groups = parameter_groups(self.heads, heads.weight_decay)
+            optimizers.append(build_optimizer(heads.optimizer, groups, heads.lr, **shared))
+        return optimizers
+
+    # -- the run ---------------------------------------------------------------------------------------------
+
+    def fit(self) -> dict[str, Any]:
+        """Train to the last epoch; returns the row of the last epoch (see docs/results/README.md for its fields).
+
+        Raises:
+            SystemExit: with status :data:`INTERRUPTED` after SIGTERM, a checkpoint saved.
+            NonFiniteError: a loss became NaN or infinite.
+        """
+        previous = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_terminated", True))
+        try:
+            row: dict[str, Any] = {}
+            while self.progress.epoch < self.config.train.epochs:
+                row = self._run_epoch()
+            return row or self.log.last_row("epoch")
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
+    def _run_epoch(self) -> dict[str, Any]:
+        started = time.monotonic()
+        progress = self.progress
+        self._train_epoch()
+        row = self._epoch_row(time.monotonic() - started)
+        is_best = row["val"]["accuracy"] > progress.best
+        progress.best = max(progress.best, row["val"]["accuracy"])
+        progress.epoch, progress.batch = progress.epoch + 1, 0
+        progress.seconds += row["seconds"]
+        # The row first: a crash before the checkpoint repeats the epoch and writes the row again, none is lost.
+        self.log.write(row)
+        self._save(is_best)
+        return row
+
+    def _train_epoch(self) -> None:
+        loader, progress = self.data.train, self.progress
+        total = loader.steps
+        self.forward.train()
+        description = f"epoch {progress.epoch + 1}/{self.config.train.epochs}"
+        batches = loader.epoch(progress.epoch, progress.batch)
+        window_start = time.monotonic()
+        with closing(batches), self.log.progress(total, progress.batch, description) as bar:
+            for batch in batches:
+                last = progress.batch + 1 == total
+                update = last or (progress.batch + 1) % self.config.train.accumulate == 0
+                self._train_batch(batch, update)
+                progress.batch += 1
+                progress.step += 1
+                bar.update(1)
+                if progress.step % self.config.run.log_every == 0 or last:
+                    bar.show(self._log_window(time.monotonic() - window_start))
+                    window_start = time.monotonic()
+                if update and not last:
+                    self._save_if_due()
+
+    def _train_batch(self, batch: Batch, update: bool) -> None:
+        train = self.config.train
+        first = self.progress.batch % train.accumulate == 0
+        if first:
+            self._set_learning_rates()
+        with self._gradient_sync(update):
+            loss = self._loss(batch) / train.accumulate
+            self.scaler.scale(loss).backward()
+        if not update:
+            return
+        if train.clip_norm > 0:
+            self.scaler.unscale_(self.optimizers[0])
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), train.clip_norm)
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        self.scaler.update()
+
+    def _loss(self, batch: Batch) -> Tensor:
+        image = self.data.augment(batch.image, batch.index, self.progress.epoch, train=True)
+        with self._autocast():
+            logits = self.forward(image)
+            class_loss = F.cross_entropy(
+                logits.float(), batch.label, label_smoothing=self.config.train.label_smoothing
+            )
+            heads_loss = self._heads_loss(batch)
+        loss = class_loss + heads_loss
+        self._bookkeep(batch, logits.detach(), loss.detach(), class_loss.detach())
+        return loss
+
+    def _heads_loss(self, batch: Batch) -> Tensor | float:
+        if self.heads is None:
+            return 0.0
+        return self.heads.loss(words=batch.words[:, : self.heads.draws], lam=self.config.heads.weight)
+
+    def _bookkeep(self, batch: Batch, logits: Tensor, loss: Tensor, class_loss: Tensor) -> None:
+        """Add to the running sums and look for non-finite losses, all on the device."""
+        count = len(batch.label)
+        correct = (logits.argmax(dim=1) == batch.label).sum()
+        fits = self.heads.last_fit if self.heads else logits.new_zeros(0)
+        penalty = self.heads.last_penalty if self.heads else logits.new_zeros(())
+        fit = fits.mean() if len(fits) else penalty
+        values = [loss * count, class_loss * count, fit * count, penalty * count, correct, float(count)]
+        self.window.add(*values)
+        self.epoch_sums.add(*values)
+        self.watch.watch(torch.cat([class_loss.view(1), penalty.view(1), fits]).float(), self.progress.step)
+
+    def _autocast(self) -> AbstractContextManager:
+        if self.amp is None:
+            return nullcontext()
+        return torch.autocast(self.world.device.type, dtype=self.amp)
+
+    def _gradient_sync(self, update: bool) -> AbstractContextManager:
+        """DDP exchanges gradients only where an optimiser step follows."""
+        if self.world.size > 1 and not update:
+            return self.forward.no_sync()  # type: ignore[operator]
+        return nullcontext()
+
+    def _set_learning_rates(self) -> None:
+        train, heads = self.config.train, self.config.heads
+        per_epoch = -(-self.data.train.steps // train.accumulate)
+        step = self.progress.epoch * per_epoch + self.progress.batch // train.accumulate
+        factor = lr_factor(
+            train.schedule, step, per_epoch, train.epochs, train.warmup_epochs, train.step_epochs, train.step_gamma
+        )
+        for optimizer, peak in zip(self.optimizers, [train.lr, heads.lr], strict=False):
+            set_lr(optimizer, peak * factor)
+
+    def _log_window(self, seconds: float) -> dict[str, Any]:
+        """Read the sums since the last row (the step's only host sync), check for NaN, write a step row."""
+        self.watch.check()
+        sums = self.window.read()
+        self.window.reset()
+        count = sums.pop("count")
+        row = {"kind": "step", "step": self.progress.step, "epoch": self.progress.epoch}
+        row |= {name: total / count for name, total in sums.items() if name != "correct"}
+        row |= {"accuracy": sums["correct"] / count, "lr": self.optimizers[0].param_groups[0]["lr"]}
+        row["images_per_s"] = count / max(seconds, 1e-9)
+        self.log.write(row)
+        return row
+
+    # -- evaluation ------------------------------------------------------------------------------------------
+
+    def _epoch_row(self, train_seconds: float) -> dict[str, Any]:
+        """The epoch's row: running training metrics, and exact evaluation where ``run.eval_every`` asks for it."""
+        started = time.monotonic()
+        self.watch.check()
+        sums = self.epoch_sums.read()
+        self.epoch_sums.reset()
+        count = sums["count"]
+        progress, config = self.progress, self.config
+        row: dict[str, Any] = {"kind": "epoch", "epoch": progress.epoch + 1, "step": progress.step}
+        row["train"] = {"loss": sums["class_loss"] / count, "accuracy": sums["correct"] / count, "count": int(count)}
+        rows = self._head_rows("train", "online", self.heads.metrics()) if self.heads else []
+        due = (progress.epoch + 1) % config.run.eval_every == 0 or progress.epoch + 1 == config.train.epochs
+        row["val"], val_rows = self.evaluate("val")
+        if due and self.heads is not None:
+            row["train_eval"], train_rows = self.evaluate("train")
+            rows += train_rows
+        row["heads"] = rows + val_rows
+        row["seconds"] = train_seconds + time.monotonic() - started
+        return row
+
+    @torch.no_grad()
+    def evaluate(self, split: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Loss and accuracy on clean images in eval mode, each sample once on any number of ranks; heads' rows."""
+        self.model.eval()
+        sums = Sums(["loss", "correct", "count"], self.world.device)
+        loader = self.data.evaluation[split]
+        with self.log.progress(loader.steps, 0, f"evaluate {split}") as bar:
+            for batch in self._closing(loader.epoch(0)):
+                image = self.data.augment(batch.image, batch.index, 0, train=False)
+                with self._autocast():
+                    logits = self.model(image).float()
+                    if self.heads is not None:
+                        self.heads.evaluate(words=batch.words[:, : self.heads.draws])
+                loss = F.cross_entropy(logits, batch.label, reduction="sum")
+                sums.add(loss, (logits.argmax(dim=1) == batch.label).sum(), float(len(batch.label)))
+                bar.update(1)
+        total = sums.read()
+        count = int(total["count"])
+        metrics = {"loss": total["loss"] / count, "accuracy": total["correct"] / count, "count": count}
+        rows = self._head_rows(split, "eval", self.heads.evaluation_metrics()) if self.heads else []
+        return metrics, rows
+
+    @staticmethod
+    def _closing(batches: Iterator[Batch]) -> Iterator[Batch]:
+        with closing(batches):  # type: ignore[type-var]
+            yield from batches
+
+    def _head_rows(self, split: str, mode: str, metrics: list[Any]) -> list[dict[str, Any]]:
+        floors = self.data.floors if split == "train" else [None] * len(self.data.floors)
+        return [
+            {"split": split, "mode": mode, **dataclasses.asdict(metric), "floor": floors[metric.draw]}
+            for metric in metrics
+        ]
+
+    # -- checkpoints -----------------------------------------------------------------------------------------
+
+    def _save_if_due(self) -> None:
+        """Save in mid-epoch when a checkpoint is due, or when SIGTERM came; then leave."""
+        run, step = self.config.run, self.progress.step
+        agree = self.world.size == 1 or step % run.log_every == 0  # ranks must stop at the same step
+        terminated = agree and any_rank(self._terminated, self.world.device)
+        if terminated or (run.checkpoint_every and step % run.checkpoint_every == 0):
+            self._save(best=False, terminated=terminated)
+
+    def _save(self, best: bool, terminated: bool | None = None) -> None:
+        self.watch.check()
+        if terminated is None:
+            terminated = any_rank(self._terminated, self.world.device)
+        state = self.state()
+        if self.world.is_main:
+            path = checkpoint.save_checkpoint(self.checkpoints, state, self.config.run.keep_last, best)
+            if terminated:
+                self.log.info(f"SIGTERM: saved {path}; go on with --run.resume auto")
+        wait_for_all()
+        if terminated:
+            raise SystemExit(INTERRUPTED)
+
+    def state(self) -> dict[str, Any]:
+        """Everything an exact resume needs; the same on every rank but for the sums, which rank 0 holds for all."""
+        random_states = [seeding.capture_random_state(self.world.device)]
+        if self.world.size > 1:
+            gathered: list[Any] = [None] * self.world.size
+            dist.all_gather_object(gathered, random_states[0])
+            random_states = gathered
+        return {
+            "model": self.model.state_dict(),
+            "heads": self.heads.state_dict() if self.heads else {},
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "scaler": self.scaler.state_dict(),
+            "progress": dataclasses.asdict(self.progress),
+            "random_states": random_states,
+            "running": self._running_sums(),
+            "config": dataclasses.asdict(self.config),
+            "data": dict(self.data.hashes),
+        }
+
+    def _running_sums(self) -> dict[str, Any]:
+        window, epoch = self.window.total(), self.epoch_sums.total()
+        return {"window": window, "epoch": epoch, "heads": self.heads.running_state() if self.heads else {}}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on exactly where the checkpoint was taken."""
+        self.model.load_state_dict(state["model"])
+        if self.heads is not None:
+            self.heads.load_state_dict(state["heads"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.scaler.load_state_dict(state["scaler"])
+        self.progress = Progress(**state["progress"])
+        if self.world.is_main:  # the sums hold all ranks' share
+            self.window.values.copy_(state["running"]["window"])
+            self.epoch_sums.values.copy_(state["running"]["epoch"])
+            if self.heads is not None:
+                self.heads.load_running_state(state["running"]["heads"])
+        if len(state["random_states"]) == self.world.size:
+            seeding.restore_random_state(state["random_states"][self.world.rank], self.world.device)
+        else:
+            self.log.info(
+                f"the checkpoint was taken on {len(state['random_states'])} ranks, this run has {self.world.size}: "
+                "dropout draws differ from the undisturbed run"
+            )

@@ -8,6 +8,7 @@ Exit status: 0 done; 2 a mistake in the input (one sentence says which); 3 a los
 75 stopped by SIGTERM with a checkpoint saved.
 """
 
+from contextlib import closing
 import dataclasses
 import json
 from pathlib import Path
@@ -43,10 +44,11 @@ def train(config: TrainConfig, world: World) -> None:
     if world.is_main:
         prepare_run_folder(run_dir, fresh=state is None)
         write_atomically(run_dir / "config.yaml", to_yaml(config))
-        write_atomically(run_dir / "environment.json", json.dumps(environment(), indent=2))
+        write_atomically(run_dir / "environment.json", json.dumps(environment(world.device), indent=2))
     seeding.seed_everything(config.run.seed, world.rank)
     step = state["progress"]["step"] if state else 0
-    with RunLog(run_dir, world.is_main, config.run.tensorboard, truncate_after_step=step) as log:
+    log = RunLog(run_dir, world.is_main, config.run.tensorboard, truncate_after_step=step if state else None)
+    with closing(log), data:
         trainer = Trainer(config, world, model, heads, data, log)
         if state is not None:
             trainer.load_state(state)
@@ -54,9 +56,6 @@ def train(config: TrainConfig, world: World) -> None:
         last = trainer.fit()
         if world.is_main:
             finish(config, trainer, last, log)
-    for loader in (data.train, *data.evaluation.values()):
-        loader.close()
-
 
 def finish(config: TrainConfig, trainer: Trainer, last: dict[str, Any], log: RunLog) -> None:
     """Figures, the table, and summary.json, which comes last: where it lies, the run is complete."""
@@ -65,7 +64,7 @@ def finish(config: TrainConfig, trainer: Trainer, last: dict[str, Any], log: Run
     summary = {
         "schema": 1,
         "config": dataclasses.asdict(config),
-        "environment": environment(),
+        "environment": environment(trainer.world.device),
         "data": {
             split: {
                 "num_samples": trainer.data.evaluation[split].num_samples,

@@ -19,10 +19,11 @@ from rlp.data.augment import Augment
 from rlp.data.batch import Batch
 from rlp.data.loader import Loader
 from rlp.distributed import World, any_rank, wait_for_all
+from rlp.errors import UserError
 from rlp.meters import FiniteWatch, Sums
 from rlp.models import RandomLabelHeads
 from rlp.optim import build_optimizer, lr_factor, parameter_groups, set_lr
-from rlp.runlog import RunLog
+from rlp.runlog import METRICS, RunLog, read_rows
 from rlp.schema import TrainConfig
 
 INTERRUPTED = 75
@@ -114,7 +115,7 @@ class Trainer:
             row: dict[str, Any] = {}
             while self.progress.epoch < self.config.train.epochs:
                 row = self._run_epoch()
-            return row or self.log.last_row("epoch")
+            return row or _last_epoch_row(Path(self.config.run.dir))
         finally:
             signal.signal(signal.SIGTERM, previous)
 
@@ -146,9 +147,9 @@ class Trainer:
                 self._train_batch(batch, update)
                 progress.batch += 1
                 progress.step += 1
-                bar.update(1)
+                bar.advance()
                 if progress.step % self.config.run.log_every == 0 or last:
-                    bar.show(self._log_window(time.monotonic() - window_start))
+                    self._log_window(time.monotonic() - window_start)
                     window_start = time.monotonic()
                 if update and not last:
                     self._save_if_due()
@@ -221,7 +222,7 @@ class Trainer:
         for optimizer, peak in zip(self.optimizers, [train.lr, heads.lr], strict=False):
             set_lr(optimizer, peak * factor)
 
-    def _log_window(self, seconds: float) -> dict[str, Any]:
+    def _log_window(self, seconds: float) -> None:
         """Read the sums since the last row (the step's only host sync), check for NaN, write a step row."""
         self.watch.check()
         sums = self.window.read()
@@ -232,7 +233,6 @@ class Trainer:
         row |= {"accuracy": sums["correct"] / count, "lr": self.optimizers[0].param_groups[0]["lr"]}
         row["images_per_s"] = count / max(seconds, 1e-9)
         self.log.write(row)
-        return row
 
     # -- evaluation ------------------------------------------------------------------------------------------
 
@@ -271,7 +271,7 @@ class Trainer:
                         self.heads.evaluate(words=batch.words[:, : self.heads.draws])
                 loss = F.cross_entropy(logits, batch.label, reduction="sum")
                 sums.add(loss, (logits.argmax(dim=1) == batch.label).sum(), float(len(batch.label)))
-                bar.update(1)
+                bar.advance()
         total = sums.read()
         count = int(total["count"])
         metrics = {"loss": total["loss"] / count, "accuracy": total["correct"] / count, "count": count}
@@ -357,3 +357,11 @@ class Trainer:
                 f"the checkpoint was taken on {len(state['random_states'])} ranks, this run has {self.world.size}: "
                 "dropout draws differ from the undisturbed run"
             )
+
+
+def _last_epoch_row(run_dir: Path) -> dict[str, Any]:
+    """The row of the last epoch of a run whose training had already ended when it was resumed."""
+    rows = [row for row in read_rows(run_dir / METRICS) if row["kind"] == "epoch"]
+    if not rows:
+        raise UserError(f"{run_dir / METRICS} holds no epoch; expected the metrics of the resumed run beside it")
+    return rows[-1]

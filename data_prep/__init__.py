@@ -1,0 +1,1 @@
+"""From a source of images to a pair of .beton files with their cards."""

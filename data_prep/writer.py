@@ -1,0 +1,199 @@
+"""Write a pair of .betons with their cards: whole or not at all, the same bytes for any number of workers.
+
+FFCV's own writer waits for ever when one of its workers raises or dies or the disk is full, and orders the samples by
+the workers' timing. Here workers only encode; this process alone writes, in order.
+"""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+import errno
+import hashlib
+import math
+import os
+from pathlib import Path
+import platform
+import shutil
+from typing import Any
+
+import numpy as np
+import PIL
+from tqdm import tqdm
+
+from data_prep.encode import ImageOptions
+from data_prep.pages import PageWriter
+from data_prep.partial import PartialPair, partial_path
+from data_prep.samples import Samples
+from data_prep.workers import Encoder, automatic_workers
+import rlp
+from rlp.data.beton import file_sha256, word_names
+from rlp.data.card import Card
+from rlp.data.format import FIELDS, PAGE_SIZE, WORD_BYTES, align_up, metadata_end, read_index
+from rlp.errors import UserError
+from rlp.labels import baked_words
+
+
+@dataclass(frozen=True)
+class Split:
+    """One .beton to write.
+
+    Attributes:
+        name: ``train`` or ``val``; the stream of its random words.
+        path: the .beton.
+        samples: its images, in order.
+    """
+
+    name: str
+    path: Path
+    samples: Samples
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What the splits of one write have in common.
+
+    Attributes:
+        classes: names, in the order of the labels.
+        image: how images are stored.
+        draws: columns of random words.
+        words_seed: their seed.
+        source: ``kind``, ``name`` and ``listing`` for the cards.
+        request: the configuration, for the cards.
+    """
+
+    classes: tuple[str, ...]
+    image: ImageOptions
+    draws: int
+    words_seed: int
+    source: dict[str, str]
+    request: dict[str, Any]
+
+
+def write_splits(splits: list[Split], contents: Contents, workers: int = 0, progress: bool = False) -> list[Card]:
+    """Write every split and its card; nothing takes its name before all are whole. Returns the cards.
+
+    Args:
+        splits: each to a path of its own.
+        contents: what they share.
+        workers: processes that encode; 0 chooses by the number of images.
+        progress: show a bar per split on a terminal.
+
+    Raises:
+        UserError: an image is unreadable, a worker died, or the disk is full or not writable.
+    """
+    workers = workers or automatic_workers(sum(len(split.samples) for split in splits))
+    try:
+        with PartialPair([split.path for split in splits]) as partial:
+            _check_space(splits, contents)
+            with Encoder(workers) as encoder:
+                cards = [_write_split(split, contents, partial, encoder, progress) for split in splits]
+            partial.commit([card.to_json() for card in cards])
+    except OSError as error:
+        raise _explained(error, splits) from error
+    return cards
+
+
+def _write_split(split: Split, contents: Contents, partial: PartialPair, encoder: Encoder, progress: bool) -> Card:
+    rows = np.arange(len(split.samples))
+    words = baked_words(contents.words_seed, rows, contents.draws, split.name).astype(np.uint32).view(np.int32)
+    histogram = np.zeros((3, 256), np.int64)
+    fingerprint = hashlib.sha256()
+    bar = tqdm(total=len(rows), desc=split.name, unit=" images", disable=None if progress else True)
+    with bar:
+        writer = PageWriter(partial.file(split.path), words)
+        for samples, chunk in encoder.chunks(split.samples, contents.image):
+            for sample, image in zip(samples, chunk.images, strict=True):
+                writer.add(image, sample.label)
+            histogram += chunk.histogram
+            fingerprint.update(b"".join(chunk.digests))
+            bar.update(len(samples))
+        writer.finish()
+    return _card(split, contents, partial_path(split.path), histogram, fingerprint.hexdigest())
+
+
+def _card(split: Split, contents: Contents, path: Path, histogram: np.ndarray, fingerprint: str) -> Card:
+    """The card of what was written to ``path``, which is read back: what the card promises is what is there."""
+    index = read_index(path)
+    heights, widths = index.metadata["image"]["height"], index.metadata["image"]["width"]
+    constant = heights.min() == heights.max() and widths.min() == widths.max()
+    mean, std = _moments(histogram)
+    return Card(
+        split=split.name,
+        num_samples=len(split.samples),
+        classes=contents.classes,
+        image_mode=contents.image.mode,
+        height=int(heights[0]) if constant else 0,
+        width=int(widths[0]) if constant else 0,
+        max_height=int(heights.max()),
+        max_width=int(widths.max()),
+        mean=mean,
+        std=std,
+        columns=tuple(name for name, _ in FIELDS),
+        draws=contents.draws,
+        word_names=word_names(contents.draws),
+        words_seed=contents.words_seed,
+        source={**contents.source, "fingerprint": fingerprint},
+        size=path.stat().st_size,
+        sha256=file_sha256(path),
+        sha256_index=index.sha256,
+        written_by=_versions(),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        request=contents.request,
+    )
+
+
+def _moments(histogram: np.ndarray) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Mean and standard deviation per channel of values in 0..1, from exact integer sums."""
+    pairs = []
+    for counts in histogram.tolist():
+        n = sum(counts)
+        first = sum(value * count for value, count in enumerate(counts))
+        second = sum(value * value * count for value, count in enumerate(counts))
+        pairs.append((first / (255 * n), math.sqrt(n * second - first * first) / (255 * n)))
+    (r, dr), (g, dg), (b, db) = pairs
+    return (r, g, b), (dr, dg, db)
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "random-label-heads": rlp.__version__,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "pillow": PIL.__version__,
+    }
+
+
+def _check_space(splits: list[Split], contents: Contents) -> None:
+    """Stop before the work when the size is known beforehand and the disk is too small for it."""
+    needed: dict[Path, int] = {}
+    for split in splits:
+        needed[split.path.parent] = needed.get(split.path.parent, 0) + (_raw_bytes(split, contents) or 0)
+    for folder, size in needed.items():
+        free = shutil.disk_usage(folder).free
+        if size > free:
+            raise UserError(f"{folder} has {free / 1e9:.2f} GB free; the .betons to write there take {size / 1e9:.2f}")
+
+
+def _raw_bytes(split: Split, contents: Contents) -> int | None:
+    """Bytes of the .beton when every image is raw and of one known size, else None."""
+    options, pixels = contents.image, split.samples.contents
+    if options.size:
+        height = width = options.size
+    elif isinstance(pixels, np.ndarray) and not options.max_side:
+        height, width = pixels.shape[1:3]
+    else:
+        return None
+    if options.mode != "raw":
+        return None
+    sample = 3 * height * width + WORD_BYTES * (contents.draws + 3)
+    return len(split.samples) * sample + align_up(metadata_end(len(split.samples)), PAGE_SIZE)
+
+
+def _explained(error: OSError, splits: list[Split]) -> UserError:
+    where = " and ".join(str(split.path) for split in splits)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(f"the disk is full: {where} could not be written, and nothing was left behind")
+    return UserError(f"{where} could not be written: {error.strerror or error}" + _named(error))
+
+
+def _named(error: OSError) -> str:
+    return f" ({os.fspath(error.filename)})" if error.filename else ""

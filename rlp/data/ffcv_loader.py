@@ -232,6 +232,7 @@ class FFCVLoader:
     ) -> None:
         self.card, self.num_samples, self.steps = beton.card, len(schedule.ids), schedule.steps
         self._name, self._schedule, self._device, self._label_noise = str(beton.path), schedule, device, label_noise
+        self._noise_columns = [beton.card.word_names.index(name) for name in ("noise", "noise_class")]
         self._pipeline = _Pipeline(beton, crop, workers, pinned=device.type == "cuda")
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
@@ -246,11 +247,11 @@ class FFCVLoader:
 
     def _to_device(self, host: _HostBatch) -> Batch:
         image, label, index, words = (column.to(self._device, non_blocking=True) for column in host)
-        words, label = words.long() & _WORD_MASK, label.squeeze(1)
+        label, index = label.squeeze(1), index.squeeze(1)
         if self._label_noise > 0:
-            noise, noise_class = (words[:, self.card.word_names.index(name)] for name in ("noise", "noise_class"))
+            noise, noise_class = (words[:, k].long() & _WORD_MASK for k in self._noise_columns)
             label = noisy_labels(label, noise, noise_class, self._label_noise, len(self.card.classes))
-        return Batch(image.permute(0, 3, 1, 2), label, index.squeeze(1), words[:, : self.card.draws])
+        return Batch(image.permute(0, 3, 1, 2), label, index, words[:, : self.card.draws].long() & _WORD_MASK)
 
     def close(self) -> None:
         """End the decoding threads and let go of the file."""

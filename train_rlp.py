@@ -81,7 +81,7 @@ def finish(config: TrainConfig, trainer: Trainer, last: dict[str, Any], log: Run
         "seconds": trainer.progress.seconds,
         "final": last,
     }
-    figures = write_figures(run_dir)
+    figures = write_figures(run_dir, summary)
     log.info(summary_table(summary))
     log.info("figures: " + ", ".join(str(path) for path in figures))
     log.info(f"summary: {write_summary(run_dir, summary)}")

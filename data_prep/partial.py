@@ -1,5 +1,6 @@
 """Outputs that appear whole or not at all: written under another name, locked, renamed together at the end."""
 
+import contextlib
 import fcntl
 from io import FileIO
 import os
@@ -20,6 +21,12 @@ def was_interrupted(betons: list[Path]) -> bool:
     return any(partial_path(path).exists() for beton in betons for path in (beton, card_path(beton)))
 
 
+def remove_partial(betons: list[Path]) -> None:
+    """Remove what a killed write left, if nobody holds it and the folder lets us."""
+    with contextlib.suppress(OSError, UserError), PartialPair(betons):
+        pass
+
+
 class PartialPair:
     """The .betons of one write and their cards, under partial names, until :meth:`commit`.
 
@@ -30,6 +37,7 @@ class PartialPair:
     def __init__(self, betons: list[Path]) -> None:
         self._betons = betons
         self._files: list[FileIO] = []
+        self._committing = False
 
     def __enter__(self) -> "PartialPair":
         try:
@@ -43,10 +51,14 @@ class PartialPair:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Remove what this write holds, and only that: another write's partial files are not ours."""
+        """Remove what this write holds, and only that: another write's partial files are not ours.
+
+        A commit that began leaves nothing when it ends, and what it leaves when it is cut short tells the next write.
+        """
         for beton, file in zip(self._betons, self._files, strict=False):
-            partial_path(beton).unlink(missing_ok=True)
-            partial_path(card_path(beton)).unlink(missing_ok=True)
+            if not self._committing:
+                partial_path(beton).unlink(missing_ok=True)
+                partial_path(card_path(beton)).unlink(missing_ok=True)
             file.close()
         self._files = []
 
@@ -63,6 +75,7 @@ class PartialPair:
         for beton, file, card in zip(self._betons, self._files, cards, strict=True):
             os.fsync(file.fileno())
             _write_synced(partial_path(card_path(beton)), card)
+        self._committing = True
         folders = {beton.parent for beton in self._betons}
         for beton in self._betons:
             card_path(beton).unlink(missing_ok=True)

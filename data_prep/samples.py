@@ -1,12 +1,13 @@
 """Lists of images before they are read: names, labels, and pixels in memory or files on disk."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from data_prep.encode import Sample
+from rlp.philox import random_bits
 
 
 @dataclass(frozen=True)
@@ -34,5 +35,37 @@ class Samples:
 
     def take(self, rows: np.ndarray) -> "Samples":
         """The samples of the given rows, in their order."""
-        picked = self.contents[rows] if isinstance(self.contents, np.ndarray) else [self.contents[i] for i in rows]
-        return replace(self, names=[self.names[i] for i in rows], labels=self.labels[rows], contents=picked)
+        contents = self.contents
+        picked = contents[rows] if isinstance(contents, np.ndarray) else [contents[i] for i in rows.tolist()]
+        names: list[str] = [self.names[i] for i in rows.tolist()]
+        return Samples(names, self.labels[rows], picked)
+
+
+def rank_in_class(labels: np.ndarray, seed: int, stream: str) -> np.ndarray:
+    """Place of every sample in a random order of its own class, int64 [N] in [0, size of the class).
+
+    A function of (seed, stream, row) and the labels: the first k of each class are nested as k grows.
+    """
+    bits = random_bits(seed, stream, np.arange(len(labels)), 2)
+    order = np.lexsort((bits[:, 1], bits[:, 0], labels))  # by class, then at random
+    starts = np.searchsorted(labels[order], labels[order])
+    rank = np.empty(len(labels), np.int64)
+    rank[order] = np.arange(len(labels)) - starts
+    return rank
+
+
+def hold_out(samples: Samples, fraction: float, seed: int) -> tuple[Samples, Samples]:
+    """Split at random into (train, val): ``fraction`` of every class is held out, at least one and never all."""
+    rank = rank_in_class(samples.labels, seed, "source.split")
+    sizes = np.bincount(samples.labels)
+    held = np.maximum(np.minimum(np.rint(sizes * fraction), sizes - 1), np.minimum(sizes, 1))
+    in_val = rank < held[samples.labels]
+    return samples.take(np.flatnonzero(~in_val)), samples.take(np.flatnonzero(in_val))
+
+
+def limited(samples: Samples, limit: int, seed: int) -> Samples:
+    """At most ``limit`` samples in their old order, as many of each class as it goes, nested as the limit grows."""
+    if not limit or limit >= len(samples):
+        return samples
+    rank = rank_in_class(samples.labels, seed, "source.limit")
+    return samples.take(np.sort(np.lexsort((samples.labels, rank))[:limit]))

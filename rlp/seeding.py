@@ -1,5 +1,6 @@
 """Seeds, determinism, and the random state that an exact resume must bring back."""
 
+import os
 import random
 from typing import Any
 
@@ -24,7 +25,11 @@ def seed_everything(seed: int, rank: int = 0) -> None:
 
 
 def make_deterministic() -> None:
-    """Ask torch for deterministic algorithms (an operation without one raises) and no autotuned convolutions."""
+    """Ask torch for deterministic algorithms (an operation without one raises) and no autotuned convolutions.
+
+    Call it before the first product on a GPU: cuBLAS reads its setting, which torch demands here, only then.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
 
@@ -50,11 +55,11 @@ def capture_random_state(device: torch.device) -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Put back what :func:`capture_random_state` returned."""
+    """Put back what :func:`capture_random_state` returned; its tensors may lie on any device (``map_location``)."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(state["torch"])
+    np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"].cpu())
     if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)

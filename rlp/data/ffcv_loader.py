@@ -1,12 +1,12 @@
-"""Large sets through FFCV 1.0.2: its file access, JPEG decoder and compiled pipelines, and none of its faults.
+"""Large sets through FFCV 1.0.2: its file reader, JPEG decoder, resizing and pipeline compiler, and none of its faults.
 
-From FFCV come the reader, the memory map, the decoders' building blocks and the graph that compiles them. What calls
-the compiled code is ours, because FFCV's own iteration aliases batches, hangs on errors, leaks threads, seeds orders
-badly, pads evaluation, and sets torch's number of threads:
+What calls the compiled pipeline is ours, because FFCV's own loader aliases batches, hangs on errors, leaks threads and
+memory, seeds orders badly, pads evaluation, and sets torch's number of threads. Instead:
 
 - every batch is decoded into fresh memory (pinned for a GPU), so it belongs to whoever receives it;
-- the loader's workers are plain Python threads on parts of a batch: the compiled code holds no lock and uses no
-  numba threading layer, whose kinds abort with two loaders or after a fork;
+- the workers are plain Python threads on parts of a batch: the compiled code holds no lock and uses no numba
+  threading layer, whose kinds abort with two loaders or after a fork;
+- the file is mapped, and no tables of its pages are built (half a gigabyte and seconds for a million samples);
 - crops come from (seed, epoch, sample id), and a JPEG that does not decode is an error that names the sample.
 
 Import this module only where FFCV is installed; :func:`rlp.data.loader.open_loader` does.
@@ -27,10 +27,12 @@ from ffcv.fields.basics import IntDecoder  # noqa: E402
 from ffcv.fields.ndarray import NDArrayDecoder  # noqa: E402
 from ffcv.fields.rgb_image import IMAGE_MODES, SimpleRGBImageDecoder  # noqa: E402
 from ffcv.libffcv import imdecode, memcpy, resize_crop  # noqa: E402
-from ffcv.loader import Loader  # noqa: E402
 from ffcv.pipeline.allocation_query import AllocationQuery  # noqa: E402
 from ffcv.pipeline.compiler import Compiler  # noqa: E402
+from ffcv.pipeline.graph import Graph  # noqa: E402
+from ffcv.pipeline.pipeline_spec import PipelineSpec  # noqa: E402
 from ffcv.pipeline.state import State  # noqa: E402
+from ffcv.reader import Reader  # noqa: E402
 
 # Importing FFCV sets torch to one thread, and the number of threads decides the last bits of sums.
 torch.set_num_threads(_threads)
@@ -136,38 +138,47 @@ _HostBatch = tuple[Tensor, Tensor, Tensor, Tensor]
 """One decoded batch in host memory: image uint8 [B, H, W, 3], label and index int64 [B, 1], words int32 [B, K + 3]."""
 
 
+def _read(pointer, storage):
+    """Bytes that begin at ``pointer`` of the file; storage is (file, pointers in order, sizes)."""
+    data, pointers, sizes = storage
+    return data[pointer : pointer + sizes[np.searchsorted(pointers, pointer)]]
+
+
+_compiled: dict[tuple[Crop | None, int], tuple[Callable, list[str]]] = {}
+"""Compiled pipelines by crop and bytes of the largest image: a second loader of the same kind compiles nothing."""
+
+
+def _compile(reader: Reader, crop: Crop | None) -> tuple[Callable, list[str]]:
+    """FFCV's compiled code for all columns, and the names of its memory arguments in the order of the columns."""
+    size = reader.metadata["f0"]
+    key = (crop, int((size["height"].astype(np.int64) * size["width"]).max()) * 3)
+    if key not in _compiled:
+        Compiler.num_threads = 1  # no parallel code; the setter would also set torch's threads
+        image = CropDecoder(crop) if crop else WholeImageDecoder()
+        decoders = {"image": image, "label": IntDecoder(), "index": IntDecoder(), "words": NDArrayDecoder()}
+        specs = {name: PipelineSpec(name, transforms=[decoder]) for name, decoder in decoders.items()}
+        places = {name: place for place, name in enumerate(decoders)}
+        graph = Graph(specs, reader.handlers, places, reader.metadata, Compiler.compile(_read))
+        _, code = graph.collect_requirements()
+        # All our operations are decoders, so FFCV makes one stage of them.
+        stage = cast(Any, graph.codegen_all(code))[0][0][0]
+        _compiled[key] = stage, [f"memory_{node.id}" for node in graph.nodes]
+    return _compiled[key]
+
+
 class _Pipeline:
     """FFCV's compiled code for one file: rows in, one batch in fresh host memory out."""
 
     def __init__(self, beton: Beton, crop: Crop | None, workers: int, pinned: bool) -> None:
         self._path, self._workers, self._pinned = beton.path, workers, pinned
-        image = CropDecoder(crop) if crop else WholeImageDecoder()
-        threads = torch.get_num_threads()
-        try:
-            # One worker keeps FFCV from compiling parallel code. Field names and order are those of the format.
-            loader = Loader(
-                str(beton.path),
-                batch_size=1,
-                num_workers=1,
-                os_cache=True,
-                pipelines={
-                    "image": [image],
-                    "label": [IntDecoder()],
-                    "index": [IntDecoder()],
-                    "words": [NDArrayDecoder()],
-                },
-            )
-        finally:
-            torch.set_num_threads(threads)
-        context = loader.memory_manager.schedule_epoch([])
-        context.__enter__()
-        # All our operations are decoders, so FFCV makes one stage of them.
-        self._stage = cast(Any, loader.code)[0][0][0]
-        self._fixed: dict[str, Any] = {"metadata": loader.reader.metadata, "storage_state": context.state}
-        self._memory_names = []
-        for node in loader.graph.nodes:
-            self._fixed[f"shared_memory_{node.id}"] = None
-            self._memory_names.append(f"memory_{node.id}")
+        reader = Reader(str(beton.path))
+        self._stage, self._memory_names = _compile(reader, crop)
+        table = reader.alloc_table[np.argsort(reader.alloc_table["ptr"])]
+        # Mapped copy-on-write: never written, but numba has one type for these bytes and for decoded ones.
+        data = np.memmap(beton.path, np.uint8, mode="c")
+        storage = (data, np.ascontiguousarray(table["ptr"]), np.ascontiguousarray(table["size"]))
+        self._fixed: dict[str, Any] = {"metadata": reader.metadata, "storage_state": storage}
+        self._fixed |= {f"shared_{name}": None for name in self._memory_names}
         side = (crop.size, crop.size) if crop else (beton.card.height, beton.card.width)
         self._image_shape, self._num_words = (*side, 3), len(beton.card.word_names)
         # The pool lives as long as the loader: FFCV keeps a JPEG decoder for every thread that ever decoded.
@@ -186,6 +197,7 @@ class _Pipeline:
 
     def batch(self, rows: np.ndarray, epoch: int) -> _HostBatch:
         """Decode ``rows`` (int64 [B]); raises :class:`UserError` when an image cannot be decoded."""
+        rows = np.ascontiguousarray(rows)  # strided rows would compile everything once more
         batch = self._allocate(len(rows))
         arrays = [column.numpy() for column in batch]
 

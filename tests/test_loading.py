@@ -1,0 +1,191 @@
+"""Both loaders give the same batches from one file; what does not fit is one sentence that names the key."""
+
+from pathlib import Path
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+from PIL import Image
+import pytest
+from small_sets import SEED, random_images, write_card, write_set
+import torch
+
+from rlp.data.batch import Batch, Loader
+from rlp.data.beton import Beton
+from rlp.data.loader import open_loader
+from rlp.data.resident import ResidentLoader
+from rlp.distributed import World
+from rlp.errors import UserError
+from rlp.labels import member_mask, named_word, noisy_labels, random_words
+
+
+def open_train(path: Path, **changes: Any) -> Loader:
+    return open_loader(path, **{"train": True, "batch_size": 8, "seed": 3, "world": World()} | changes)
+
+
+def assert_equal(got: list[Batch], expected: list[Batch]) -> None:
+    assert len(got) == len(expected) > 0
+    for a, b in zip(got, expected, strict=True):
+        for name in Batch._fields:
+            x, y = getattr(a, name), getattr(b, name)
+            assert torch.equal(x, y), name
+            assert (x.dtype, x.stride(), x.device) == (y.dtype, y.stride(), y.device), name
+
+
+@pytest.fixture
+def images() -> list[np.ndarray]:
+    return random_images(37, 6, 5)
+
+
+@pytest.fixture
+def path(tmp_path: Path, images: list[np.ndarray]) -> Path:
+    return write_set(tmp_path / "a.beton", images)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_both_loaders_give_the_same_batches(path: Path, train: bool) -> None:
+    pytest.importorskip("ffcv")
+    options = {"train": train, "label_noise": 0.4, "member_fraction": 0.7}
+    resident, ffcv = open_train(path, kind="resident", **options), open_train(path, kind="ffcv", workers=2, **options)
+    assert (resident.steps, resident.num_samples) == (ffcv.steps, ffcv.num_samples)
+    for epoch in (0, 1):
+        assert_equal(list(ffcv.epoch(epoch)), list(resident.epoch(epoch)))
+
+
+def test_a_batch_holds_what_was_written(path: Path, images: list[np.ndarray]) -> None:
+    loader = open_train(path)
+    assert isinstance(loader, ResidentLoader)
+    batches = list(loader.epoch(0))
+    assert len(batches) == loader.steps == 4
+    for batch in batches:
+        rows = batch.index.numpy()
+        assert batch.image.shape == (8, 3, 6, 5)
+        assert batch.image.dtype == torch.uint8
+        assert batch.image.is_contiguous(memory_format=torch.channels_last)
+        assert np.array_equal(batch.image.permute(0, 2, 3, 1).numpy(), np.stack([images[r] for r in rows]))
+        assert np.array_equal(batch.label.numpy(), rows % 4)
+        assert np.array_equal(batch.words.numpy(), random_words(SEED, rows, 3))
+
+
+def test_noise_and_members_act_on_training_alone(path: Path) -> None:
+    ids = np.arange(37)
+    members = ids[member_mask(named_word(SEED, ids, "member"), 0.5)]
+    noisy = noisy_labels(ids % 4, named_word(SEED, ids, "noise"), named_word(SEED, ids, "noise_class"), 0.5, 4)
+    options = {"batch_size": 1, "label_noise": 0.5, "member_fraction": 0.5}
+    loader = open_train(path, **options)
+    seen = {int(batch.index): int(batch.label) for batch in loader.epoch(0)}
+    assert seen == {int(i): int(noisy[i]) for i in members}
+    assert loader.num_samples == len(members) < 37
+    assert any(seen[i] != i % 4 for i in seen)
+    seen = {int(batch.index): int(batch.label) for batch in open_train(path, train=False, **options).epoch(0)}
+    assert seen == {int(i): int(i) % 4 for i in ids}
+
+
+@pytest.mark.parametrize("kind", ["resident", "ffcv"])
+def test_kept_batches_stay_as_they_were(path: Path, kind: str) -> None:
+    if kind == "ffcv":
+        pytest.importorskip("ffcv")
+    loader = open_train(path, kind=kind, batch_size=2)
+    kept = list(loader.epoch(0))
+    copies = [Batch(*(column.clone() for column in batch)) for batch in loader.epoch(0)]
+    assert_equal(kept, copies)
+    for batch in kept:
+        batch.image.zero_()
+    assert_equal(list(loader.epoch(0)), copies)
+
+
+def test_jpegs_of_both_loaders_differ_by_rounding_only(tmp_path: Path) -> None:
+    """FFCV decodes with turbojpeg's fast transform, the resident loader with Pillow's exact one."""
+    pytest.importorskip("ffcv")
+    smooth = [np.asarray(Image.fromarray(i).resize((32, 24), Image.Resampling.BICUBIC)) for i in random_images(9, 6, 8)]
+    path = write_set(tmp_path / "j.beton", smooth, jpeg=True)
+    for a, b in zip(open_train(path, kind="ffcv").epoch(0), open_train(path).epoch(0), strict=True):
+        assert torch.equal(a.index, b.index)
+        assert (a.image.int() - b.image.int()).abs().float().mean() < 4
+
+
+def test_auto_is_resident_as_long_as_it_fits(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(open_train(path, resident_limit=37 * 6 * 5 * 3), ResidentLoader)
+    monkeypatch.setattr("rlp.data.loader.ffcv_installed", lambda: False)
+    for changes, remedy in (({"resident_limit": 37 * 6 * 5 * 3 - 1}, "resident_limit_gb"), ({"image_size": 4}, "0")):
+        with pytest.raises(UserError, match=f"FFCV is not installed; install it or .*{remedy}"):
+            open_train(path, **changes)
+    with pytest.raises(UserError, match=r"data\.loader is ffcv, but FFCV is not installed"):
+        open_train(path, kind="ffcv")
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"batch_size": 0}, "data.batch_size"),
+        ({"batch_size": 38}, "data.batch_size is 38, more than the 37 samples"),
+        ({"batch_size": 30, "member_fraction": 0.3}, "data.member_fraction is 0.3"),
+        ({"batch_size": 7, "world": World(0, 2)}, "data.batch_size is 7, which cannot be shared equally by 2 ranks"),
+        ({"batch_size": 0, "train": False}, "data.eval_batch_size"),
+        ({"member_fraction": 1e-6}, "data.member_fraction is 1e-06, which leaves no sample"),
+        ({"member_fraction": 1.5}, "data.member_fraction"),
+        ({"label_noise": -0.1}, "data.label_noise"),
+        ({"label_noise": float("nan")}, "data.label_noise"),
+        ({"kind": "dali"}, "data.loader is 'dali'"),
+        ({"kind": "resident", "image_size": 4}, "data.loader is resident"),
+        ({"image_size": -1}, "data.image_size"),
+        ({"workers": -1}, "data.workers"),
+        ({"crop_scale": (0.5, 0.2)}, "data.crop_scale"),
+        ({"center_ratio": 0.0}, "data.center_ratio"),
+    ],
+)
+def test_what_does_not_fit_names_its_key(path: Path, changes: dict[str, Any], key: str) -> None:
+    with pytest.raises(UserError, match=key):
+        open_train(path, **changes)
+
+
+def test_images_of_several_sizes_need_image_size(tmp_path: Path) -> None:
+    path = write_set(tmp_path / "v.beton", random_images(4, 6, 5) + random_images(4, 5, 6))
+    for kind in ("auto", "ffcv"):
+        with pytest.raises(UserError, match=r"differ in size \(6 x 6 at most\); set data.image_size"):
+            open_train(path, kind=kind)
+    with pytest.raises(UserError, match=r"data\.loader is resident.*differ in size"):
+        open_train(path, kind="resident")
+
+
+def test_damage_inside_an_image_is_found(path: Path, images: list[np.ndarray]) -> None:
+    content = bytearray(path.read_bytes())
+    content[content.index(images[20].tobytes()) + 10] ^= 1
+    path.write_bytes(content)
+    Beton.open(path)  # its index is whole
+    for options in ({"kind": "resident"}, {"kind": "ffcv", "verify": True}):
+        with pytest.raises(UserError, match="is damaged"):
+            open_train(path, **options)
+    write_card(path, images, 4, 3, "train", False)
+    open_train(path)
+
+
+def test_neither_import_nor_resident_training_needs_ffcv(path: Path) -> None:
+    program = f"""
+import sys
+for name in ("ffcv", "numba", "fastargs", "timm"):
+    sys.modules[name] = None
+import torch, rlp
+from rlp.data.loader import open_loader
+from rlp.distributed import World
+loader = open_loader({str(path)!r}, train=True, batch_size=8, seed=3, world=World(), kind="resident")
+print(len(list(loader.epoch(0))))
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert result.stdout.strip() == "4", result.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_resident_step_never_waits_for_the_host(path: Path) -> None:
+    loader = open_train(path, world=World(0, 1, 0, torch.device("cuda", 0)))
+    batches = loader.epoch(0)
+    first = next(batches)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        rest = list(batches)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    on_host = [Batch(*(column.cpu() for column in batch)) for batch in (first, *rest)]
+    assert_equal(on_host, list(open_train(path).epoch(0)))

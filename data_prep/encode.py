@@ -30,7 +30,7 @@ class ImageOptions:
 
     Attributes:
         mode: raw (uint8 pixels), jpg, or smart (raw up to ``smart_threshold`` bytes of pixels, else jpg).
-        size: resize every image to size × size pixels (0 = keep).
+        size: resize every image to size x size pixels (0 = keep).
         max_side: shrink images whose longer side exceeds this many pixels (0 = keep).
         quality: of JPEGs that are encoded here, 1 to 100.
         smart_threshold: bytes.
@@ -119,7 +119,7 @@ def _encode(sample: Sample, content: np.ndarray | bytes, options: ImageOptions) 
     picture = _to_rgb(picture, where, options.convert_rgb)
     resized = _resize(picture, options)
     if max(resized.size) > LARGEST_SIDE:
-        raise UserError(f"{where} is {resized.width}×{resized.height} pixels; the format holds {LARGEST_SIDE} a side")
+        raise UserError(f"{where} is {resized.width}x{resized.height} pixels; the format holds {LARGEST_SIDE} a side")
     pixels = np.asarray(resized)
     mode = _mode(options, pixels.nbytes)
     if mode == RAW:

@@ -1,6 +1,6 @@
 """Lay encoded samples out in a .beton: pages, metadata, allocation table, header."""
 
-from io import FileIO
+from typing import BinaryIO
 
 import numpy as np
 
@@ -33,7 +33,7 @@ class PageWriter:
         page_size: bytes of a page, a power of two; grows when a sample needs it.
     """
 
-    def __init__(self, file: FileIO, words: np.ndarray, page_size: int = PAGE_SIZE) -> None:
+    def __init__(self, file: BinaryIO, words: np.ndarray, page_size: int = PAGE_SIZE) -> None:
         self._file = file
         self._words = words.astype("<i4", copy=False)
         self._num_samples = len(words)

@@ -36,9 +36,8 @@ class Samples:
     def take(self, rows: np.ndarray) -> "Samples":
         """The samples of the given rows, in their order."""
         contents = self.contents
-        picked = contents[rows] if isinstance(contents, np.ndarray) else [contents[i] for i in rows.tolist()]
-        names: list[str] = [self.names[i] for i in rows.tolist()]
-        return Samples(names, self.labels[rows], picked)
+        picked = contents[rows] if isinstance(contents, np.ndarray) else [contents[int(i)] for i in rows]
+        return Samples([self.names[int(i)] for i in rows], self.labels[rows], picked)
 
 
 def rank_in_class(labels: np.ndarray, seed: int, stream: str) -> np.ndarray:

@@ -55,7 +55,7 @@ class ImageConfig:
         max_side: shrink images whose longer side is longer than this, in pixels, keeping their shape (0 = keep).
         quality: of JPEGs encoded here, 1 to 100; JPEGs that need no change are stored as they are.
         smart_threshold: bytes of pixels up to which smart stores them raw.
-        size: resize every image to size × size pixels (0 = keep).
+        size: resize every image to size x size pixels (0 = keep).
     """
 
     mode: Literal["raw", "jpg", "smart"] = "raw"

@@ -67,7 +67,7 @@ def _check_split(source: Source, split: str, samples: Samples) -> None:
 
 
 def _read_digits(config: SourceConfig) -> Source:
-    """The scans of handwritten digits that come with scikit-learn: 1,797 grey images of 8 × 8 pixels, values 0 to 16
+    """The scans of handwritten digits that come with scikit-learn: 1,797 grey images of 8 x 8 pixels, values 0 to 16
     (Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", 1998)."""
     try:
         from sklearn.datasets import load_digits

@@ -117,7 +117,7 @@ def _terminate(*_: object) -> None:
 
 
 def _described(card: "Card") -> str:
-    size = f"{card.width}×{card.height}" if card.height else f"up to {card.max_width}×{card.max_height}"
+    size = f"{card.width}x{card.height}" if card.height else f"up to {card.max_width}x{card.max_height}"
     return (
         f"{card.num_samples} images of {len(card.classes)} classes, {size} px {card.image_mode}, "
         f"{card.draws} draws, {card.size / 1e6:.1f} MB"

@@ -1,0 +1,293 @@
+"""The .beton format: held to FFCV's own reader and writer, and to damage of every kind."""
+
+from collections.abc import Callable
+import json
+from pathlib import Path
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+import numpy as np
+from numpy.lib import recfunctions
+import pytest
+
+from data_prep import encode
+from data_prep.encode import Encoded
+from data_prep.pages import PageWriter
+from rlp.data import format as beton_format
+from rlp.data.beton import Beton, Card, card_path
+from rlp.data.format import ALLOC, DESCRIPTORS_END, HEADER, IMAGE, METADATA, RAW, read_index
+from rlp.errors import UserError
+from rlp.labels import baked_words
+from tests.small_sets import SEED, random_images, write_card, write_set
+
+SMALL_PAGE = 1 << 12
+
+
+def write_small_pages(path: Path, images: list[np.ndarray]) -> Path:
+    """Three draws, four classes, pages of 4 KiB: many pages in a small file."""
+    words = baked_words(SEED, np.arange(len(images)), 3, "train")
+    with open(path, "wb") as file:
+        writer = PageWriter(file, words.astype(np.uint32).view(np.int32), page_size=SMALL_PAGE)
+        for row, image in enumerate(images):
+            writer.add(Encoded(RAW, image.shape[0], image.shape[1], image.tobytes()), row % 4)
+        writer.finish()
+    write_card(path, images, 4, 3, "train", jpeg=False)
+    return path
+
+
+def assert_holds(beton: Beton, images: list[np.ndarray], draws: int = 3) -> None:
+    rows = np.arange(len(images))
+    np.testing.assert_array_equal(beton.label, rows % 4)
+    np.testing.assert_array_equal(beton.index, rows)
+    np.testing.assert_array_equal(beton.words, baked_words(SEED, rows, draws, "train"))
+    for row, image in enumerate(images):
+        np.testing.assert_array_equal(beton.image(row), image)
+
+
+@pytest.mark.parametrize("write", [write_set, write_small_pages])
+def test_what_was_written_is_read(tmp_path: Path, write: Callable[..., Path]) -> None:
+    images = random_images(300, 8, 9)
+    beton = Beton.open(write(tmp_path / "a.beton", images), full_hash=True)
+    assert_holds(beton, images)
+    np.testing.assert_array_equal(beton.images(), np.stack(images))
+    np.testing.assert_array_equal(beton.images(np.array([7, 3])), np.stack([images[7], images[3]]))
+    np.testing.assert_array_equal(beton.draw_words, beton.words[:, :3])
+    np.testing.assert_array_equal(beton.named("member"), beton.words[:, 5])
+    with pytest.raises(UserError, match="no words 'nose'"):
+        beton.named("nose")
+    with pytest.raises(IndexError):
+        beton.image(300)
+
+
+def test_pages_grow_for_a_large_sample(tmp_path: Path) -> None:
+    images = [*random_images(9, 20, 20), *random_images(2, 70, 100), *random_images(9, 30, 20)]
+    path = write_small_pages(tmp_path / "a.beton", images)
+    beton = Beton.open(path)
+    assert_holds(beton, images)
+    assert read_index(path).page_size == 1 << 15  # the first power of two above 3 * 70 * 100
+    with pytest.raises(UserError, match="different sizes"):
+        beton.images()
+
+
+def offsets(dtype: np.dtype) -> list[int]:
+    assert dtype.fields is not None
+    return [field[1] for field in dtype.fields.values()]
+
+
+def test_dtypes_are_ffcv_s() -> None:
+    types = pytest.importorskip("ffcv.types")
+    fields = pytest.importorskip("ffcv.fields")
+    ours = fields.RGBImageField(), fields.IntField(), fields.IntField(), fields.NDArrayField(np.dtype("<i4"), (7,))
+    theirs = types.get_metadata_type(list(ours))
+    assert offsets(METADATA) == offsets(theirs)
+    assert METADATA.itemsize == theirs.itemsize
+    assert HEADER.itemsize == types.HeaderType.itemsize
+    assert types.FieldDescType == beton_format.FIELD_DESC
+    assert ALLOC == types.ALLOC_TABLE_TYPE
+    np.testing.assert_array_equal(beton_format.field_descriptors(7)[-1]["arguments"], ours[-1].to_binary()[0])
+    assert (encode.JPG, encode.RAW) == (beton_format.JPG, beton_format.RAW)
+
+
+def ffcv_loader(path: Path, **options):
+    pytest.importorskip("ffcv")
+    from ffcv.fields.basics import IntDecoder
+    from ffcv.fields.ndarray import NDArrayDecoder
+    from ffcv.fields.rgb_image import SimpleRGBImageDecoder
+    from ffcv.loader import Loader
+    from ffcv.transforms import ToTensor
+
+    decoders = {"image": SimpleRGBImageDecoder, "label": IntDecoder, "index": IntDecoder, "words": NDArrayDecoder}
+    pipelines = {name: [decoder(), ToTensor()] for name, decoder in decoders.items()}
+    return Loader(str(path), batch_size=16, num_workers=1, drop_last=False, pipelines=pipelines, **options)
+
+
+def read_with_ffcv(loader) -> list[np.ndarray]:
+    """image, label, index, words of every sample, sorted by index."""
+    batches = [[column.numpy().copy() for column in batch] for batch in loader]
+    columns = [np.concatenate(column) for column in zip(*batches, strict=True)]
+    return [column[np.argsort(columns[2][:, 0])] for column in columns]
+
+
+@pytest.mark.slow
+def test_ffcv_reads_our_file_page_by_page(tmp_path: Path) -> None:
+    """FFCV's page cache and page-wise order need each sample on one page, and pages that may grow."""
+    pytest.importorskip("ffcv")
+    from ffcv.loader import OrderOption
+
+    images = random_images(100, 40, 40)  # 4,800 bytes: larger than the page at first
+    path = write_small_pages(tmp_path / "a.beton", images)
+    loader = ffcv_loader(path, order=OrderOption.QUASI_RANDOM, os_cache=False)
+    image, label, index, words = read_with_ffcv(loader)
+    np.testing.assert_array_equal(image, np.stack(images))
+    np.testing.assert_array_equal(index[:, 0], np.arange(100))
+    np.testing.assert_array_equal(label[:, 0], np.arange(100) % 4)
+    np.testing.assert_array_equal(words.view(np.uint32), baked_words(SEED, np.arange(100), 3, "train"))
+
+
+@pytest.mark.slow
+def test_ffcv_and_we_decode_the_same_jpegs(tmp_path: Path) -> None:
+    pytest.importorskip("ffcv")
+    ramp = np.linspace(0, 255, 32).astype(np.uint8)
+    across, down = np.meshgrid(ramp, ramp)
+    smooth = [np.stack([across, down, np.full_like(down, 6 * k)], axis=2) for k in range(40)]
+    path = write_set(tmp_path / "a.beton", smooth, jpeg=True)
+    beton = Beton.open(path)
+    image, label, _, words = read_with_ffcv(ffcv_loader(path))
+    np.testing.assert_array_equal(label[:, 0], beton.label)
+    np.testing.assert_array_equal(words.view(np.uint32), beton.words)
+    # FFCV asks libjpeg-turbo for its fast, less exact transform; two different images differ by far more.
+    difference = np.abs(image.astype(int) - beton.images())
+    assert difference.max() <= 8
+    assert difference.mean() <= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["raw", "jpg"])
+def test_we_read_ffcv_s_own_file(tmp_path: Path, mode: str) -> None:
+    pytest.importorskip("ffcv")
+    from ffcv.fields import IntField, NDArrayField, RGBImageField
+    from ffcv.writer import DatasetWriter
+
+    images, path = random_images(50, 16, 12), tmp_path / "a.beton"
+    words = baked_words(SEED, np.arange(50), 3, "train").astype(np.uint32).view(np.int32)
+    samples = [(image, row % 4, row, words[row]) for row, image in enumerate(images)]
+    fields = {
+        "image": RGBImageField(write_mode=mode),
+        "label": IntField(),
+        "index": IntField(),
+        "words": NDArrayField(np.dtype("<i4"), (6,)),
+    }
+    DatasetWriter(str(path), fields, num_workers=1).from_indexed_dataset(samples)
+    write_card(path, images, 4, 3, "train", jpeg=mode == "jpg")
+    beton = Beton.open(path)
+    np.testing.assert_array_equal(beton.label, np.arange(50) % 4)
+    np.testing.assert_array_equal(beton.words, baked_words(SEED, np.arange(50), 3, "train"))
+    if mode == "raw":
+        np.testing.assert_array_equal(beton.images(), np.stack(images))
+    else:
+        assert beton.images().shape == (50, 16, 12, 3)
+
+
+def test_named_damage_is_named(tmp_path: Path) -> None:
+    path = write_small_pages(tmp_path / "a.beton", random_images(30, 8, 8))
+    whole = path.read_bytes()
+    padding = DESCRIPTORS_END + IMAGE.itemsize  # three bytes that nothing reads
+    spoiled = {
+        "fewer than the header": whole[:20],
+        "damaged or another file": whole[:-1],
+        "card .* describes": whole[:padding] + b"\1" + whole[padding + 1 :],
+        "version 3": b"\3" + whole[1:],
+        "other fields": whole[: HEADER.itemsize + 1] + b"I" + whole[HEADER.itemsize + 2 :],
+    }
+    for sentence, content in spoiled.items():
+        path.write_bytes(content)
+        if sentence.startswith("fewer"):
+            change_card(path, size=20)
+        with pytest.raises(UserError, match=sentence):
+            Beton.open(path)
+        change_card(path, size=len(whole))
+
+
+def test_full_hash_finds_a_changed_pixel(tmp_path: Path) -> None:
+    path = write_set(tmp_path / "a.beton", random_images(30, 8, 8))
+    place = int(read_index(path).metadata["image"]["ptr"][3])
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+    Beton.open(path)
+    with pytest.raises(UserError, match="sha256"):
+        Beton.open(path, full_hash=True)
+
+
+def change_card(path: Path, **changes: object) -> None:
+    card = json.loads(card_path(path).read_text())
+    card_path(path).write_text(json.dumps({**card, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"schema": 2}, "schema 2"),
+        ({"num_samples": 31}, "'num_samples' is 31"),
+        ({"num_samples": "30"}, "'num_samples' is '30'; expected a whole number"),
+        ({"classes": ["a", "b"]}, "label 3"),
+        ({"classes": [1, 2, 3, 4]}, "'classes'.*a list of names"),
+        ({"draws": 2}, "word_names"),
+        ({"height": 9}, "'height' is 9"),
+        ({"max_width": 9}, "'max_width' is 9"),
+        ({"mean": [0.5]}, "three numbers"),
+        ({"sha256_index": "0"}, "sha256_index"),
+        ({"colour": "red"}, "key 'colour'"),
+        ({"source": []}, "a mapping"),
+        ({"split": 3}, "a text"),
+    ],
+)
+def test_a_wrong_card_is_one_sentence(tmp_path: Path, changes: dict[str, object], sentence: str) -> None:
+    path = write_set(tmp_path / "a.beton", random_images(30, 8, 8))
+    change_card(path, **changes)
+    with pytest.raises(UserError, match=sentence):
+        Beton.open(path)
+
+
+def test_a_missing_file_or_card_is_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "a.beton"
+    with pytest.raises(UserError, match="does not exist"):
+        Beton.open(path)
+    write_set(path, random_images(30, 8, 8))
+    card_path(path).write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        Beton.open(path)
+    card_path(path).unlink()
+    with pytest.raises(UserError, match="has no card"):
+        Beton.open(path)
+
+
+def test_a_card_is_read_as_it_was_written(tmp_path: Path) -> None:
+    path = write_set(tmp_path / "a.beton", random_images(30, 8, 8))
+    card = Card.read(path)
+    card.write(tmp_path / "b.beton")
+    assert Card.read(tmp_path / "b.beton") == card
+
+
+@pytest.fixture(scope="module")
+def small_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[np.ndarray]]:
+    images = random_images(20, 8, 8)
+    return write_small_pages(tmp_path_factory.mktemp("small") / "a.beton", images), images
+
+
+numbers = st.one_of(st.integers(0, 2**64 - 1), st.integers(0, 2**15), st.integers(2**63 - 9, 2**63 + 9))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_no_number_in_the_index_can_lead_outside_the_file(
+    small_file: tuple[Path, list[np.ndarray]], data: st.DataObject
+) -> None:
+    """Any one number changed, even with a card that agrees: a sentence, or reading that stays inside the file."""
+    path, images = small_file
+    whole = path.read_bytes()
+    header = np.frombuffer(whole[: HEADER.itemsize], HEADER)
+    place = int(header[0]["alloc_table"])
+    kind = data.draw(st.sampled_from(["header", "metadata", "alloc"]))
+    offset, dtype, count = {
+        "header": (0, HEADER, 1),
+        "metadata": (DESCRIPTORS_END, METADATA, 20),
+        "alloc": (place, ALLOC, 40),
+    }[kind]
+    records = np.frombuffer(whole, dtype, count, offset).copy()
+    flat = recfunctions.flatten_descr(dtype)
+    row = data.draw(st.integers(0, count - 1))
+    name = data.draw(st.sampled_from([name for name, _ in flat]))
+    target = records["image"] if kind == "metadata" and name in (IMAGE.names or ()) else records
+    width = target.dtype[name].itemsize
+    target.view(np.recarray)[name][row : row + 1].view(f"u{width}")[:] = data.draw(numbers) % 2 ** (8 * width)
+    changed = path.with_name("changed.beton")
+    changed.write_bytes(whole[:offset] + records.tobytes() + whole[offset + records.nbytes :])
+    try:
+        write_card(changed, images, 4, 3, "train", jpeg=False)  # reads the index for its hash
+        beton = Beton.open(changed)
+        for sample in range(beton.num_samples):
+            beton.image(sample)
+        assert beton.words.shape == (20, 6)
+    except UserError:
+        pass

@@ -61,7 +61,7 @@ def _tap_rows(rows: list[dict[str, Any]]) -> list[list[str]]:
         {reading.tap: reading for reading in readings(rows, *kind)}
         for kind in (("train", "eval"), ("train", "online"), ("val", "eval"))
     ]
-    present = {tap: reading for kind in reversed(by_kind) for tap, reading in kind.items()}
+    present = {tap: reading for kind in by_kind for tap, reading in kind.items()}
     in_order = sorted(present.values(), key=lambda reading: reading.depth)
     return [_tap_row(reading, *(kind.get(reading.tap) for kind in by_kind)) for reading in in_order]
 

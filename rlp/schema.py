@@ -1,0 +1,168 @@
+"""The configuration of a training run: every key of ``train_rlp.py`` with its type, default, meaning and range."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from rlp.config_keys import (
+    REQUIRED,
+    Section,
+    above,
+    at_least,
+    at_most,
+    below,
+    between,
+    each,
+    increasing,
+    key,
+    not_empty,
+    seed_range,
+)
+from rlp.errors import UserError
+
+__all__ = ["DataConfig", "HeadsConfig", "ModelConfig", "RunConfig", "TrainConfig", "TrainingConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Section, name="run"):
+    """The run: its folder, seed and device, and what it keeps."""
+
+    dir: str = key(REQUIRED, "folder of the run", not_empty)
+    seed: int = key(0, "seed of weights, order, augmentation and dropout", seed_range)
+    device: Literal["auto", "cpu", "cuda"] = key("auto", "where to train; auto is CUDA where there is one")
+    deterministic: bool = key(False, "only deterministic algorithms: equal runs to the bit on one machine, slower")
+    resume: str | None = key(
+        None, "go on from a checkpoint: auto for the newest in run.dir (none: a fresh start), or a file", not_empty
+    )
+    overwrite: bool = key(False, "replace the run that is in run.dir")
+    log_every: int = key(50, "steps between two rows of metrics", at_least(1))
+    checkpoint_every: int = key(
+        0, "steps between two checkpoints beside those at the end of epochs; 0 for none", at_least(0)
+    )
+    keep_last: int = key(2, "checkpoints kept beside the best", at_least(1))
+    tensorboard: bool = key(False, "write TensorBoard events too")
+    eval_every: int = key(1, "epochs between two evaluations; the last epoch is always evaluated", at_least(1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Section, name="data"):
+    """The data: two .beton files, how they are loaded, altered and augmented."""
+
+    train: str = key(REQUIRED, ".beton of the training set", not_empty)
+    val: str = key(REQUIRED, ".beton of the test set", not_empty)
+    batch_size: int = key(256, "samples a step, over all ranks", at_least(1))
+    eval_batch_size: int = key(0, "samples a step of evaluation, over all ranks; 0 for data.batch_size", at_least(0))
+    loader: Literal["auto", "ffcv", "resident"] = key(
+        "auto",
+        "ffcv decodes batch by batch, resident keeps the set on the device; auto is resident where "
+        "images of one size fit within data.resident_limit_gb",
+    )
+    resident_limit_gb: float = key(4.0, "GiB of images that may lie on the device", at_least(0))
+    workers: int = key(0, "threads that decode, on each rank; 0 shares the cores among the ranks", at_least(0))
+    flip: bool = key(False, "mirror half of the training images")
+    crop_padding: int = key(0, "pad by so many pixels and crop back at random; 0 for none", at_least(0))
+    cutout: int = key(0, "blank a square of so many pixels a side; 0 for none", at_least(0))
+    image_size: int = key(0, "crop and resize to squares of so many pixels a side (FFCV); 0 keeps images", at_least(0))
+    crop_scale: tuple[float, float] = key(
+        (0.08, 1.0), "smallest and largest share of the area in a random crop", each(between(0, 1))
+    )
+    center_ratio: float = key(
+        0.875, "evaluation's central crop: its side over the shorter side of the image", above(0), at_most(1)
+    )
+    label_noise: float = key(0.0, "share of the training samples that get a wrong class", between(0, 1))
+    member_fraction: float = key(1.0, "share of the training samples that are trained on", above(0), at_most(1))
+    mean: tuple[float, float, float] | None = key(
+        None, "mean of the pixels by channel, 255 being 1; null for the card's"
+    )
+    std: tuple[float, float, float] | None = key(
+        None, "standard deviation of the pixels by channel; null for the card's", each(above(0))
+    )
+    verify: bool = key(False, "hash both files as a whole first (a resident set always is)")
+
+    def check(self) -> None:
+        """The crop's range."""
+        low, high = self.crop_scale
+        if not 0 < low <= high:
+            raise UserError(f"data.crop_scale is [{low}, {high}]; expected the smaller share first, above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Section, name="model"):
+    """The network."""
+
+    name: str = key(REQUIRED, "wrn_{depth}_{width}, vgg16_cifar, resnet18_cifar, small_cnn, or a timm model", not_empty)
+    args: dict[str, Any] = key(dict, "arguments of the model, such as {drop_rate: 0.1, drop_path_rate: 0.1}")  # noqa: RUF009
+    weights: str | None = key(None, "checkpoint whose weights to start from", not_empty)
+    channels_last: bool = key(True, "weights and images in channels_last memory format")
+    compile: bool = key(False, "compile the network with torch.compile")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadsConfig(Section, name="heads"):
+    """The random-label heads: where they sit, what they predict, how they train, and the penalty's weight λ."""
+
+    taps: tuple[str, ...] = key((), "modules whose output feeds heads, as paths or globs; empty for no heads")
+    draws: int = key(8, "independent random labellings, one head each, at every tap", at_least(1))
+    num_labels: int = key(10, "random labels n to tell apart", between(2, 2**31 - 1))
+    layers: int = key(1, "layers of a head", between(1, 2))
+    hidden: int = key(512, "width of the hidden layer where heads.layers is 2", at_least(1))
+    pool: str = key("auto", "how a tap's output becomes one vector a sample", not_empty)
+    optimizer: Literal["adamw", "sgd"] = key("adamw", "optimiser of the heads")
+    lr: float = key(1e-3, "learning rate of the heads, on the schedule of the network", at_least(0))
+    weight_decay: float = key(0.0, "weight decay of the heads", at_least(0))
+    lam: float = key(0.0, "weight λ of the penalty on the network; 0 only measures", at_least(0))
+    lam_over_n: float | None = key(None, "λ/n, in place of heads.lam: λ is this times heads.num_labels", at_least(0))
+
+    def check(self) -> None:
+        """One way to give λ."""
+        if self.lam and self.lam_over_n is not None:
+            raise UserError(
+                f"heads.lam is {self.lam} and heads.lam_over_n is {self.lam_over_n}; expected only one of them "
+                "(heads.lam 0, or heads.lam_over_n null)"
+            )
+
+    @property
+    def weight(self) -> float:
+        """λ as it multiplies the penalty: ``lam``, or ``lam_over_n * num_labels``."""
+        return self.lam if self.lam_over_n is None else self.lam_over_n * self.num_labels
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(Section, name="train"):
+    """The training of the network."""
+
+    epochs: int = key(10, "passes over the training set", at_least(1))
+    optimizer: Literal["sgd", "adamw"] = key("sgd", "optimiser of the network")
+    lr: float = key(0.1, "largest learning rate", at_least(0))
+    momentum: float = key(0.9, "momentum of sgd", at_least(0), below(1))
+    nesterov: bool = key(True, "Nesterov's momentum in sgd")
+    betas: tuple[float, float] = key((0.9, 0.999), "decay rates of adamw's averages", each(at_least(0)), each(below(1)))
+    weight_decay: float = key(5e-4, "weight decay, of linear and convolution weights only", at_least(0))
+    schedule: Literal["cosine", "linear", "step", "constant"] = key("cosine", "learning rate after the warm-up")
+    warmup_epochs: float = key(0.0, "epochs of linear warm-up", at_least(0))
+    step_epochs: tuple[float, ...] = key((), "epochs at which schedule step lowers the rate", increasing)
+    step_gamma: float = key(0.1, "factor of the rate at each of train.step_epochs", above(0), at_most(1))
+    label_smoothing: float = key(0.0, "label smoothing of the class loss", at_least(0), below(1))
+    clip_norm: float = key(0.0, "largest gradient norm of the network; 0 clips nothing", at_least(0))
+    accumulate: int = key(1, "batches whose gradients are added up for one step", at_least(1))
+    amp: Literal["none", "bf16", "fp16"] = key("none", "autocast of the forward pass; fp16 scales the loss")
+
+    def check(self) -> None:
+        """The schedule."""
+        if self.warmup_epochs > self.epochs:
+            raise UserError(
+                f"train.warmup_epochs is {self.warmup_epochs}, longer than train.epochs, which is {self.epochs}; "
+                "expected a warm-up that ends within the run"
+            )
+        if self.schedule == "step" and not self.step_epochs:
+            raise UserError("train.schedule is step, but train.step_epochs is empty; expected the epochs of the steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The configuration of ``train_rlp.py``."""
+
+    run: RunConfig
+    data: DataConfig
+    model: ModelConfig
+    heads: HeadsConfig = field(default_factory=HeadsConfig)
+    train: TrainingConfig = field(default_factory=TrainingConfig)

@@ -133,7 +133,7 @@ def _facts(epoch: Row, summary: Row | None) -> str:
     parts = [summary["config"].get("model", {}).get("name")] if summary else []
     if rows:
         parts.append("n = " + ", ".join(map(str, sorted({row["num_labels"] for row in rows}))))
-    parts.append(f"N = {epoch['train']['count']:,}")
+    parts.append(f"N = {(epoch.get('train_eval') or epoch['train'])['count']:,}")
     if rows:
         parts.append(plural(len({row["draw"] for row in rows}), "draw"))
     if summary:

@@ -24,6 +24,7 @@ def test_order_is_a_permutation_with_known_first_entries() -> None:
     order = epoch_order(0, 0, np.arange(1000))
     assert sorted(order) == list(range(1000))
     assert order[:6].tolist() == [995, 673, 430, 910, 329, 301]
+    assert epoch_order(1, 2, np.arange(1000))[:6].tolist() == [291, 281, 287, 961, 597, 468]
     assert order.dtype == np.int64
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from rlp.errors import UserError
 from rlp.labels import random_labels
@@ -15,10 +16,10 @@ _DRAWS = ("flip", "shift_y", "shift_x", "cut_y", "cut_x")
 class Augment:
     """Turn uint8 images into the network's float32 input.
 
-    For training, in this order: mirror half of the images; pad by ``crop_padding`` pixels on each side and crop back
-    at a uniform place; normalise; zero a square of ``cutout`` pixels a side around a uniform centre, clipped at the
-    border (DeVries and Taylor, arXiv 1708.04552). The padding has the value of the data's mean, which is zero after
-    normalisation, like the square. For evaluation only the normalisation.
+    For training, in this order: mirror half of the images; normalise; pad by ``crop_padding`` pixels on each side and
+    crop back at a uniform place; zero a square of ``cutout`` pixels a side around a uniform centre, clipped at the
+    border (DeVries and Taylor, arXiv 1708.04552). The padding is zero after normalisation, like the square: it has
+    the value of the mean. For evaluation only the normalisation.
 
     Every sample has its own random words from (seed, epoch, sample id), one for each decision: its result depends
     neither on its batch nor on the rank, and switching one augmentation on leaves the decisions of the others alone.
@@ -64,23 +65,16 @@ class Augment:
             return self._normalise(image)
         words = random_bits(self.seed, "augment", index, len(_DRAWS), epoch)
         word = dict(zip(_DRAWS, words.unbind(-1), strict=True))
-        height, width = image.shape[-2:]
         if self.flip:
             mirrored = random_labels(word["flip"], 2).bool()
             image = torch.where(mirrored[:, None, None, None], image.flip(-1), image)
-        erased: list[Tensor] = []
-        if self.crop_padding:
-            rows = _shifted(word["shift_y"], height, self.crop_padding)
-            columns = _shifted(word["shift_x"], width, self.crop_padding)
-            image = _gather(image, rows, columns)
-            erased.append(_outside(rows, height)[:, :, None] | _outside(columns, width)[:, None, :])
-        if self.cutout:
-            rows = _interval(word["cut_y"], height, self.cutout)
-            columns = _interval(word["cut_x"], width, self.cutout)
-            erased.append(rows[:, :, None] & columns[:, None, :])
         result = self._normalise(image)
-        for mask in erased:
-            result.masked_fill_(mask[:, None], 0.0)
+        if self.crop_padding:
+            result = _padded_crop(result, self.crop_padding, word["shift_y"], word["shift_x"])
+        if self.cutout:
+            rows = _interval(word["cut_y"], result.shape[-2], self.cutout)
+            columns = _interval(word["cut_x"], result.shape[-1], self.cutout)
+            result.masked_fill_((rows[:, :, None] & columns[:, None, :])[:, None], 0.0)
         return result
 
     def _normalise(self, image: Tensor) -> Tensor:
@@ -90,22 +84,15 @@ class Augment:
         return image.float().sub_(self._mean).mul_(self._scale)
 
 
-def _shifted(word: Tensor, length: int, padding: int) -> Tensor:
-    """Source positions ``[B, length]`` of a crop at offset 0 to 2 * padding; positions in the padding lie outside."""
-    offset = random_labels(word, 2 * padding + 1) - padding
-    return offset[:, None] + torch.arange(length, device=word.device)
-
-
-def _outside(position: Tensor, length: int) -> Tensor:
-    return (position < 0) | (position >= length)
-
-
-def _gather(image: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """``image[b, :, rows[b, y], columns[b, x]]`` with positions clamped to the image; channels_last stays."""
+def _padded_crop(image: Tensor, padding: int, word_y: Tensor, word_x: Tensor) -> Tensor:
+    """Pad ``[B, 3, H, W]`` with zeros and cut each image out again at an offset of 0 to 2 * padding either way."""
     height, width = image.shape[-2:]
-    sample = torch.arange(image.shape[0], device=image.device)[:, None, None]
-    rows, columns = rows.clamp(0, height - 1)[:, :, None], columns.clamp(0, width - 1)[:, None, :]
-    return image.permute(0, 2, 3, 1)[sample, rows, columns].permute(0, 3, 1, 2)
+    padded = functional.pad(image.permute(0, 2, 3, 1), (0, 0, padding, padding, padding, padding))
+    windows = padded.unfold(1, height, 1).unfold(2, width, 1)  # a view: [B, offsets, offsets, 3, H, W]
+    sample = torch.arange(len(image), device=image.device)
+    offsets = 2 * padding + 1
+    crop = windows[sample, random_labels(word_y, offsets), random_labels(word_x, offsets)]
+    return crop.contiguous(memory_format=torch.channels_last)
 
 
 def _interval(word: Tensor, length: int, side: int) -> Tensor:

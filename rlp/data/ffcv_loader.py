@@ -14,6 +14,7 @@ Import this module only where FFCV is installed; :func:`rlp.data.loader.open_loa
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, cast
@@ -169,8 +170,8 @@ def _compile(reader: Reader, crop: Crop | None) -> tuple[Callable, list[str]]:
 class _Pipeline:
     """FFCV's compiled code for one file: rows in, one batch in fresh host memory out."""
 
-    def __init__(self, beton: Beton, crop: Crop | None, workers: int, pinned: bool) -> None:
-        self._path, self._workers, self._pinned = beton.path, workers, pinned
+    def __init__(self, beton: Beton, crop: Crop | None, workers: int, device: torch.device) -> None:
+        self._path, self._workers, self._device = beton.path, workers, device
         reader = Reader(str(beton.path))
         self._stage, self._memory_names = _compile(reader, crop)
         table = reader.alloc_table[np.argsort(reader.alloc_table["ptr"])]
@@ -185,15 +186,19 @@ class _Pipeline:
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix=f"decode {beton.path.name}")
 
     def _allocate(self, count: int) -> _HostBatch:
-        def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-            return torch.empty((count, *shape), dtype=dtype, pin_memory=self._pinned)
+        pinned = self._device.type == "cuda"
 
-        return (
-            empty(self._image_shape, torch.uint8),
-            empty((1,), torch.int64),
-            empty((1,), torch.int64),
-            empty((self._num_words,), torch.int32),
-        )
+        def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            return torch.empty((count, *shape), dtype=dtype, pin_memory=pinned)
+
+        # A thread starts on GPU 0, where pinning would set up a context for every rank.
+        with torch.cuda.device(self._device) if pinned else nullcontext():
+            return (
+                empty(self._image_shape, torch.uint8),
+                empty((1,), torch.int64),
+                empty((1,), torch.int64),
+                empty((self._num_words,), torch.int32),
+            )
 
     def batch(self, rows: np.ndarray, epoch: int) -> _HostBatch:
         """Decode ``rows`` (int64 [B]); raises :class:`UserError` when an image cannot be decoded."""
@@ -245,7 +250,7 @@ class FFCVLoader:
         self.card, self.num_samples, self.steps = beton.card, len(schedule.ids), schedule.steps
         self._name, self._schedule, self._device, self._label_noise = str(beton.path), schedule, device, label_noise
         self._noise_columns = [beton.card.word_names.index(name) for name in ("noise", "noise_class")]
-        self._pipeline = _Pipeline(beton, crop, workers, pinned=device.type == "cuda")
+        self._pipeline = _Pipeline(beton, crop, workers, device)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of ``epoch`` from step ``start`` on."""

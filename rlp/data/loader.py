@@ -70,7 +70,10 @@ def open_loader(
     noise = label_noise if train else 0.0
     if chosen == "resident":
         return ResidentLoader(beton, schedule, world.device, noise)
-    from rlp.data.ffcv_loader import Crop, FFCVLoader
+    try:
+        from rlp.data.ffcv_loader import Crop, FFCVLoader
+    except ImportError as error:
+        raise UserError(f"FFCV is installed but cannot be imported ({error}); install its libraries again") from error
 
     crop = Crop(image_size, train, crop_scale, center_ratio, seed) if image_size else None
     return FFCVLoader(beton, schedule, world.device, workers or _auto_workers(world), noise, crop)

@@ -19,7 +19,7 @@ from rlp import seeding
 from rlp.build import build_data, build_network
 from rlp.config import parse, to_yaml
 from rlp.distributed import World, connect, wait_for_all
-from rlp.errors import exit_on_user_error
+from rlp.errors import UserError, exit_on_user_error
 from rlp.files import write_atomically
 from rlp.report.figures import write_figures
 from rlp.report.table import summary_table
@@ -81,9 +81,11 @@ def finish(config: TrainConfig, trainer: Trainer, last: dict[str, Any], log: Run
         "seconds": trainer.progress.seconds,
         "final": last,
     }
-    figures = write_figures(run_dir, summary)
     log.info(summary_table(summary))
-    log.info("figures: " + ", ".join(str(path) for path in figures))
+    try:
+        log.info("figures: " + ", ".join(map(str, write_figures(run_dir, summary))))
+    except UserError as error:  # no matplotlib here: the numbers are whole, and the figures can be drawn elsewhere
+        log.info(f"no figures: {error}")
     log.info(f"summary: {write_summary(run_dir, summary)}")
 
 

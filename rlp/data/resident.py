@@ -35,7 +35,9 @@ class ResidentLoader:
             label = noisy_labels(label, noise, noise_class, label_noise, len(beton.card.classes))
         # Words are kept as 32-bit patterns: half the memory of int64.
         words = beton.draw_words.astype(np.uint32).view(np.int32)
-        columns = (beton.images(), label, beton.index, words)
+        # One row an image: torch copies whole rows, but goes through a tensor of four dimensions pixel by pixel.
+        rows = beton.images().reshape(beton.num_samples, -1)
+        columns = (rows, label, beton.index, words)
         self._columns: tuple[Tensor, ...] = tuple(torch.from_numpy(column).to(device) for column in columns)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
@@ -44,10 +46,11 @@ class ResidentLoader:
         if not batches:
             return
         images, labels, index, words = self._columns
+        shape = (-1, self.card.height, self.card.width, 3)
         ids = torch.from_numpy(np.concatenate(batches)).to(self._device)
         for chosen in ids.split(self._schedule.local_size):
             yield Batch(
-                images.index_select(0, chosen).permute(0, 3, 1, 2),
+                images.index_select(0, chosen).view(shape).permute(0, 3, 1, 2),
                 labels.index_select(0, chosen),
                 index.index_select(0, chosen),
                 words.index_select(0, chosen).long() & _WORD_MASK,

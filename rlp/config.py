@@ -264,6 +264,7 @@ def _settings(root: type) -> Any:
 
 
 def _collect(settings: Any, entry: Key, given: Given) -> None:
+    entry.convert(given.value, given.origin)  # fastargs checks only what wins; a mistake that is overridden is one too
     settings.collect({entry.section: {entry.name: given}})
 
 
@@ -281,9 +282,11 @@ def _validated(root: type[T], settings: Any) -> T:
 
 
 def _check_complete(missing: Iterable[Key]) -> None:
-    names = [f"{entry.path} ({entry.help})" for entry in missing]
+    names = [entry.path for entry in missing]
     if names:
-        raise UserError(f"missing: {', '.join(names)}; expected in a --config file or as --section.key VALUE")
+        listed = " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+        verb = "are" if len(names) > 1 else "is"
+        raise UserError(f"{listed} {verb} missing; expected in a --config file or as --section.key VALUE")
 
 
 def _build(root: type[T], values: dict[Key, Any]) -> T:
@@ -313,10 +316,15 @@ def _find(root: type, path: str, origin: str = "") -> Key:
 def _unknown(root: type, path: str, origin: str, dashes: str = "") -> UserError:
     """The error for an unknown key, with the nearest known one: same name elsewhere, then alike as a whole."""
     known = keys_by_path(root)
-    name = path.rpartition(".")[2]
+    section, _, name = path.rpartition(".")
     elsewhere = [entry.path for entry in known.values() if _plain(entry.name) == _plain(name)]
-    within = [entry for entry in known if entry.startswith(path.partition(".")[0] + ".")]
-    near = (elsewhere or [""])[0] or _near(path, within) or _near(path, [*known, *(["config"] if dashes else [])])
+    if elsewhere:
+        near = elsewhere[0]
+    elif section in sections_of(root):
+        near = _near(name, [entry.name for entry in known.values() if entry.section == section])
+        near = near and f"{section}.{near}"
+    else:
+        near = _near(path, [*known, *(["config"] if dashes else [])])
     hint = f"did you mean {dashes}{near}?" if near else "expected one of the keys that --help lists"
     return UserError(f"unknown key {dashes}{path}; {hint}" + (f" ({origin})" if origin else ""))
 

@@ -52,7 +52,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    yaml_implicit_resolvers = {}  # noqa: RUF012
+    """Quotes what other readers of YAML would take for something else than text, and what :class:`_Loader` would."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

@@ -1,5 +1,6 @@
 """What worker processes do: read, check, resize and encode images. Imports little, since every worker pays for it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 import hashlib
 import io
@@ -69,8 +70,17 @@ class Chunk(NamedTuple):
     digests: list[bytes]
 
 
-def encode_chunk(samples: list[Sample], options: ImageOptions) -> Chunk:
+def _never() -> bool:
+    return False
+
+
+def encode_chunk(samples: list[Sample], options: ImageOptions, stopped: Callable[[], bool] = _never) -> Chunk:
     """Encode samples in order.
+
+    Args:
+        samples: in the order in which they are written.
+        options: how they are stored.
+        stopped: asked before each sample; when True the rest is left out, for nobody waits for it any more.
 
     Raises:
         UserError: an image cannot be read or is not RGB; the sentence names it.
@@ -78,6 +88,8 @@ def encode_chunk(samples: list[Sample], options: ImageOptions) -> Chunk:
     histogram = np.zeros((3, 256), np.int64)
     images, digests = [], []
     for sample in samples:
+        if stopped():
+            break
         content = _read(sample)
         digests.append(_digest(sample, content))
         try:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 import multiprocessing
+from multiprocessing.synchronize import Event
 import os
 import signal
 import threading
@@ -27,20 +28,24 @@ def automatic_workers(num_samples: int) -> int:
 class Encoder:
     """Encodes samples chunk by chunk with ``workers`` processes, or in this process when ``workers`` is 0.
 
-    A context manager; leaving it ends the workers.
+    A context manager; leaving it ends the workers after the image at hand.
     """
 
     def __init__(self, workers: int) -> None:
         self._ahead = 2 * workers + 2
-        # Spawned, not forked: a fork copies locks that threads of this process may hold.
-        context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(workers, context, initializer=_start_worker) if workers else None
+        self._pool: ProcessPoolExecutor | None = None
+        if workers:
+            # Spawned, not forked: a fork copies locks that threads of this process may hold.
+            context = multiprocessing.get_context("spawn")
+            self._stop = context.Event()
+            self._pool = ProcessPoolExecutor(workers, context, _start_worker, (self._stop,))
 
     def __enter__(self) -> "Encoder":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if self._pool is not None:
+            self._stop.set()
             self._pool.shutdown(wait=True, cancel_futures=True)
 
     def chunks(self, samples: Samples, options: ImageOptions) -> Iterator[tuple[list[Sample], Chunk]]:
@@ -64,7 +69,7 @@ class Encoder:
     def _submit(self, chunk: list[Sample], options: ImageOptions) -> "Future[Chunk]":
         assert self._pool is not None
         try:
-            return self._pool.submit(encode_chunk, chunk, options)
+            return self._pool.submit(_work, chunk, options)
         except BrokenProcessPool:
             raise _dead_worker(chunk[0]) from None
 
@@ -81,8 +86,19 @@ def _dead_worker(sample: Sample) -> UserError:
     return UserError(f"a worker process died (killed, or out of memory?) while encoding images near {sample.name}")
 
 
-def _start_worker() -> None:
+_stop: Event | None = None
+"""In a worker process: set when the main process wants no more."""
+
+
+def _work(samples: list[Sample], options: ImageOptions) -> Chunk:
+    assert _stop is not None
+    return encode_chunk(samples, options, _stop.is_set)
+
+
+def _start_worker(stop: Event) -> None:
     """Ctrl-C is the main process's to handle; and a worker must not outlive a main process that was killed."""
+    global _stop
+    _stop = stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -91,9 +91,8 @@ def _up_to_date(betons: list[Path], request: dict[str, Any], source: "Source", o
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The script; returns the exit status: 0, 2 for a user's mistake, 130 or 143 when stopped by a signal."""
-    from rlp.config import parse
-
     from data_prep.schema import PrepareConfig
+    from rlp.config import parse
     from rlp.errors import UserError
 
     signal.signal(signal.SIGTERM, _terminate)

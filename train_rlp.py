@@ -48,7 +48,7 @@ def train(config: TrainConfig, world: World) -> None:
     seeding.seed_everything(config.run.seed, world.rank)
     step = state["progress"]["step"] if state else 0
     log = RunLog(run_dir, world.is_main, config.run.tensorboard, truncate_after_step=step if state else None)
-    with closing(log), data:
+    with closing(data), closing(log):
         trainer = Trainer(config, world, model, heads, data, log)
         if state is not None:
             trainer.load_state(state)
@@ -56,6 +56,7 @@ def train(config: TrainConfig, world: World) -> None:
         last = trainer.fit()
         if world.is_main:
             finish(config, trainer, last, log)
+
 
 def finish(config: TrainConfig, trainer: Trainer, last: dict[str, Any], log: RunLog) -> None:
     """Figures, the table, and summary.json, which comes last: where it lies, the run is complete."""

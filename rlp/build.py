@@ -65,7 +65,7 @@ def _open(config: TrainConfig, world: World, split: str, train: bool) -> Loader:
         resident_limit=int(data.resident_limit_gb * 2**30),
         workers=data.workers,
         image_size=data.image_size,
-        crop_scale=tuple(data.crop_scale),
+        crop_scale=data.crop_scale,
         center_ratio=data.center_ratio,
         verify=data.verify,
         **view,

@@ -30,6 +30,10 @@ class Sums:
         """The sums over all ranks. A host sync."""
         return dict(zip(self.names, reduce_sum(self.values).tolist(), strict=True))
 
+    def total(self) -> Tensor:
+        """The sums over all ranks as a tensor of its own, for a checkpoint."""
+        return reduce_sum(self.values).clone()
+
     def reset(self) -> None:
         """Back to zero."""
         self.values.zero_()

@@ -17,13 +17,15 @@ DECAYED_MODULES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Two groups for an optimiser: weights of linear and convolution modules decay, everything else does not.
 
-    A timm model's own ``no_weight_decay()`` is respected. Shared parameters appear once. Frozen ones are left out.
+    A module of another kind may name its own in ``decayed_parameters``, as the banks of heads do. A timm model's
+    own ``no_weight_decay()`` is respected. Shared parameters appear once. Frozen ones are left out.
     """
     excluded: set[str] = set(getattr(model, "no_weight_decay", set)())
     decayed_ids = {
-        id(module.weight)
-        for name, module in model.named_modules()
-        if isinstance(module, DECAYED_MODULES) and f"{name}.weight" not in excluded
+        id(getattr(module, name))
+        for path, module in model.named_modules()
+        for name in _decayed_names(module)
+        if f"{path}.{name}" not in excluded
     }
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
@@ -31,6 +33,12 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
         {"params": [p for p in trained if id(p) not in decayed_ids], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def _decayed_names(module: nn.Module) -> tuple[str, ...]:
+    if isinstance(module, DECAYED_MODULES):
+        return ("weight",)
+    return tuple(name for name in getattr(module, "decayed_parameters", ()) if hasattr(module, name))
 
 
 def build_optimizer(

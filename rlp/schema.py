@@ -1,10 +1,12 @@
 """The configuration of a training run: every key of ``train_rlp.py`` with its type, default, meaning and range."""
 
 from dataclasses import dataclass, field
+import re
 from typing import Any, Literal
 
 from rlp.config_keys import (
     REQUIRED,
+    Check,
     Section,
     above,
     at_least,
@@ -20,6 +22,11 @@ from rlp.config_keys import (
 from rlp.errors import UserError
 
 __all__ = ["DataConfig", "HeadsConfig", "ModelConfig", "RunConfig", "TrainConfig", "TrainingConfig"]
+
+_POOL = Check(
+    lambda value: re.fullmatch(r"auto|avg|cls|mean|flatten|adaptive:[1-9][0-9]*", value) is not None,
+    "one of auto, avg, cls, mean, flatten and adaptive:K",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +112,12 @@ class HeadsConfig(Section, name="heads"):
     num_labels: int = key(10, "random labels n to tell apart", between(2, 2**31 - 1))
     layers: int = key(1, "layers of a head", between(1, 2))
     hidden: int = key(512, "width of the hidden layer where heads.layers is 2", at_least(1))
-    pool: str = key("auto", "how a tap's output becomes one vector a sample", not_empty)
+    pool: str = key(
+        "auto",
+        "how a tap's output becomes one vector a sample: global average, class token, mean of tokens, as it is, or "
+        "averages on a grid of K x K; auto fits the output's shape",
+        _POOL,
+    )
     optimizer: Literal["adamw", "sgd"] = key("adamw", "optimiser of the heads")
     lr: float = key(1e-3, "learning rate of the heads, on the schedule of the network", at_least(0))
     weight_decay: float = key(0.0, "weight decay of the heads", at_least(0))

@@ -1,6 +1,5 @@
 """The training loop: class loss for the backbone, random-label heads beside it, exact resume, honest bookkeeping."""
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
 import dataclasses
 from pathlib import Path
@@ -45,6 +44,11 @@ class Data:
     floors: list[float]
     hashes: dict[str, str]
 
+    def close(self) -> None:
+        """Free what the loaders hold."""
+        for loader in (self.train, *self.evaluation.values()):
+            loader.close()
+
 
 @dataclasses.dataclass
 class Progress:
@@ -72,7 +76,8 @@ class Trainer:
         self.config, self.world, self.model, self.heads, self.data, self.log = config, world, model, heads, data, log
         self.progress = Progress()
         self.checkpoints = Path(config.run.dir) / "checkpoints"
-        self.forward = self._wrap(model)
+        self.distributed = self._distribute(model)
+        self.forward = torch.compile(self.distributed) if config.model.compile else self.distributed
         self.optimizers = self._build_optimizers()
         self.amp = AMP_DTYPES.get(config.train.amp)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.train.amp == "fp16")
@@ -84,11 +89,11 @@ class Trainer:
         )
         self._terminated = False
 
-    def _wrap(self, model: nn.Module) -> nn.Module:
-        if self.world.size > 1:
-            devices = [self.world.device.index] if self.world.device.type == "cuda" else None
-            model = DistributedDataParallel(model, device_ids=devices)
-        return torch.compile(model) if self.config.model.compile else model  # type: ignore[return-value]
+    def _distribute(self, model: nn.Module) -> nn.Module:
+        if self.world.size == 1:
+            return model
+        devices = [self.world.device.index] if self.world.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=devices)
 
     def _build_optimizers(self) -> list[torch.optim.Optimizer]:
         """One optimiser for the backbone and one for the heads, so that neither step can touch the other's state."""
@@ -136,7 +141,7 @@ class Trainer:
     def _train_epoch(self) -> None:
         loader, progress = self.data.train, self.progress
         total = loader.steps
-        self.forward.train()
+        self.distributed.train()
         description = f"epoch {progress.epoch + 1}/{self.config.train.epochs}"
         batches = loader.epoch(progress.epoch, progress.batch)
         window_start = time.monotonic()
@@ -176,9 +181,7 @@ class Trainer:
         image = self.data.augment(batch.image, batch.index, self.progress.epoch, train=True)
         with self._autocast():
             logits = self.forward(image)
-            class_loss = F.cross_entropy(
-                logits.float(), batch.label, label_smoothing=self.config.train.label_smoothing
-            )
+            class_loss = F.cross_entropy(logits.float(), batch.label, label_smoothing=self.config.train.label_smoothing)
             heads_loss = self._heads_loss(batch)
         loss = class_loss + heads_loss
         self._bookkeep(batch, logits.detach(), loss.detach(), class_loss.detach())
@@ -208,8 +211,8 @@ class Trainer:
 
     def _gradient_sync(self, update: bool) -> AbstractContextManager:
         """DDP exchanges gradients only where an optimiser step follows."""
-        if self.world.size > 1 and not update:
-            return self.forward.no_sync()  # type: ignore[operator]
+        if isinstance(self.distributed, DistributedDataParallel) and not update:
+            return self.distributed.no_sync()
         return nullcontext()
 
     def _set_learning_rates(self) -> None:
@@ -262,8 +265,9 @@ class Trainer:
         self.model.eval()
         sums = Sums(["loss", "correct", "count"], self.world.device)
         loader = self.data.evaluation[split]
-        with self.log.progress(loader.steps, 0, f"evaluate {split}") as bar:
-            for batch in self._closing(loader.epoch(0)):
+        batches = loader.epoch(0)
+        with closing(batches), self.log.progress(loader.steps, 0, f"evaluate {split}") as bar:
+            for batch in batches:
                 image = self.data.augment(batch.image, batch.index, 0, train=False)
                 with self._autocast():
                     logits = self.model(image).float()
@@ -275,13 +279,8 @@ class Trainer:
         total = sums.read()
         count = int(total["count"])
         metrics = {"loss": total["loss"] / count, "accuracy": total["correct"] / count, "count": count}
-        rows = self._head_rows(split, "eval", self.heads.evaluation_metrics()) if self.heads else []
+        rows = self._head_rows(split, "eval", self.heads.metrics("eval")) if self.heads else []
         return metrics, rows
-
-    @staticmethod
-    def _closing(batches: Iterator[Batch]) -> Iterator[Batch]:
-        with closing(batches):  # type: ignore[type-var]
-            yield from batches
 
     def _head_rows(self, split: str, mode: str, metrics: list[Any]) -> list[dict[str, Any]]:
         floors = self.data.floors if split == "train" else [None] * len(self.data.floors)

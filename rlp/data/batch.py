@@ -1,6 +1,6 @@
 """What a loader yields, and which samples go into which batch: pure functions of (seed, epoch, sample id)."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -31,7 +31,7 @@ class Loader(Protocol):
     num_samples: int
     steps: int
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+    def epoch(self, epoch: int, start: int = 0) -> Generator[Batch, None, None]:
         """The batches of ``epoch`` from step ``start`` on; leaving the loop early frees what it holds."""
         ...
 

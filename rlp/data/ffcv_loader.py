@@ -12,7 +12,7 @@ memory, seeds orders badly, pads evaluation, and sets torch's number of threads.
 Import this module only where FFCV is installed; :func:`rlp.data.loader.open_loader` does.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -252,7 +252,7 @@ class FFCVLoader:
         self._noise_columns = [beton.card.word_names.index(name) for name in ("noise", "noise_class")]
         self._pipeline = _Pipeline(beton, crop, workers, device)
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+    def epoch(self, epoch: int, start: int = 0) -> Generator[Batch, None, None]:
         """The batches of ``epoch`` from step ``start`` on."""
         rows = self._schedule.batches(epoch, start)
         batches = Prefetcher(lambda part: self._pipeline.batch(part, epoch), rows, _BATCHES_AHEAD, self._name)

@@ -47,8 +47,8 @@ def open_loader(
             images of one size, not to be resized, fit within ``resident_limit``.
         resident_limit: bytes of images that may lie on the device.
         workers: FFCV's decoding threads of this rank; 0 = the usable cores over the ranks of this machine.
-        label_noise: share of training samples with a wrong given label.
-        member_fraction: share of the samples that are trained on.
+        label_noise: share of the samples with a wrong given label.
+        member_fraction: share of the samples that are members; the others are left out.
         image_size: side in pixels of the squares that FFCV crops and resizes to; 0 keeps images whole.
         crop_scale: smallest and largest share of the area in a random crop (training).
         center_ratio: side of the central crop over the shorter side (evaluation).
@@ -63,20 +63,19 @@ def open_loader(
     if chosen == "resident" and not verify:
         beton = Beton.open(path, full_hash=True)
     ids = np.arange(beton.num_samples)
-    if train and member_fraction < 1:
+    if member_fraction < 1:
         ids = ids[member_mask(beton.named("member"), member_fraction)]
     _check_batches(beton, ids, train, batch_size, world, member_fraction)
     schedule = Schedule(ids, train, batch_size, seed, world.rank, world.size)
-    noise = label_noise if train else 0.0
     if chosen == "resident":
-        return ResidentLoader(beton, schedule, world.device, noise)
+        return ResidentLoader(beton, schedule, world.device, label_noise)
     try:
         from rlp.data.ffcv_loader import Crop, FFCVLoader
     except ImportError as error:
         raise UserError(f"FFCV is installed but cannot be imported ({error}); install its libraries again") from error
 
     crop = Crop(image_size, train, crop_scale, center_ratio, seed) if image_size else None
-    return FFCVLoader(beton, schedule, world.device, workers or _auto_workers(world), noise, crop)
+    return FFCVLoader(beton, schedule, world.device, workers or _auto_workers(world), label_noise, crop)
 
 
 def ffcv_installed() -> bool:

@@ -1,6 +1,6 @@
 """The whole set in the device's memory as uint8: for sets that fit, nothing is faster."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ class ResidentLoader:
         columns = (rows, label, beton.index, words)
         self._columns: tuple[Tensor, ...] = tuple(torch.from_numpy(column).to(device) for column in columns)
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+    def epoch(self, epoch: int, start: int = 0) -> Generator[Batch, None, None]:
         """The batches of ``epoch`` from step ``start`` on."""
         batches = self._schedule.batches(epoch, start)
         if not batches:

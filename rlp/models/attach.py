@@ -1,0 +1,126 @@
+"""``rlp.attach``: random-label heads on a network that somebody else trains."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from rlp.distributed import average_gradients
+from rlp.errors import UserError
+from rlp.models.heads import RandomLabelHeads
+from rlp.models.taps import hook_taps, pool_for, probe, resolve_taps, tap_tensor
+
+
+def attach(
+    model: nn.Module,
+    taps: Sequence[str],
+    num_labels: int = 10,
+    draws: int = 8,
+    seed: int = 0,
+    pool: str = "auto",
+    layers: int = 1,
+    hidden: int = 512,
+    split: str = "train",
+    example: Tensor | None = None,
+) -> RandomLabelHeads:
+    """Put random-label heads at the taps of ``model``::
+
+        heads = rlp.attach(model, taps=["layer3", "layer4"], num_labels=10, draws=8, seed=0)
+        optimizer = torch.optim.SGD([*model.parameters(), *heads.parameters()], lr=0.1)
+        for image, label, index in loader:
+            loss = F.cross_entropy(model(image), label) + heads.loss(index, lam=0.0)
+            loss.backward(); optimizer.step(); optimizer.zero_grad()
+        print(heads.summary())
+
+    Works under autocast, ``torch.compile`` and DistributedDataParallel (wrap ``model`` alone, before or after; the
+    heads average their own gradients when a process group is up at this point). Neither the model's output nor any
+    global random state changes.
+
+    Args:
+        model: any network with images in and logits out.
+        taps: module paths or globs, with ``:in`` for a module's input.
+        num_labels: random labels n >= 2 of each head.
+        draws: independent random labellings H, one head each at every tap.
+        seed: seed of the heads' weights and, where ``loss`` gets sample ids, of their random words.
+        pool: auto, avg, cls, mean, flatten or adaptive:K (:class:`rlp.models.taps.Pool`).
+        layers: 1 (linear heads) or 2 (one hidden ReLU layer).
+        hidden: units of that layer.
+        split: name of the stream of random words, as in a .beton's card.
+        example: one batch of images ``[B, C, H, W]`` to find the features' dimensions with; by default of the
+            model's own input size (timm's ``default_cfg``), else of 224 or 32 pixels.
+
+    Raises:
+        UserError: a tap, pooling or number is wrong, or the model needs an ``example``.
+    """
+    _check(num_labels, draws, layers, hidden)
+    inner = _unwrap(model)
+    found = resolve_taps(inner, taps)
+    if not found:
+        raise UserError("taps is empty; expected at least one module path or glob")
+    store: dict[str, Any] = {}
+    handles = hook_taps(inner, found, store)
+    try:
+        image = _probe(inner, example)
+        pooling = pool_for(inner, pool)
+        dims = []
+        for tap in found:
+            if tap.name not in store:
+                raise UserError(f"tap '{tap.name}' takes no part in the forward pass of the model")
+            dims.append(pooling(tap_tensor(tap.name, store[tap.name]), tap.name).shape[1])
+    except BaseException:
+        for handle in handles:
+            handle.remove()
+        raise
+    store.clear()
+    heads = RandomLabelHeads(
+        found, dims, store, handles, pooling, num_labels, draws, seed, hidden if layers == 2 else 0, split, image.device
+    )
+    average_gradients(heads)
+    return heads
+
+
+def _check(num_labels: int, draws: int, layers: int, hidden: int) -> None:
+    for name, value, least in (("num_labels", num_labels, 2), ("draws", draws, 1), ("hidden", hidden, 1)):
+        if value < least:
+            raise UserError(f"{name} is {value}; expected at least {least}")
+    if layers not in (1, 2):
+        raise UserError(f"layers is {layers}; expected 1 or 2")
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    """The network inside torch.compile and DistributedDataParallel, whose module paths users know."""
+    while True:
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def _probe(model: nn.Module, example: Tensor | None) -> Tensor:
+    """Run the model on ``example``, or on the first guess that it accepts; returns the images used."""
+    parameter = next(model.parameters(), torch.zeros(()))
+    if example is not None:
+        example = example.to(parameter.device)
+        probe(model, example)
+        return example
+    failure: Exception | None = None
+    for size in _guesses(model):
+        image = torch.zeros(1, *size, device=parameter.device, dtype=parameter.dtype)
+        try:
+            probe(model, image)
+            return image
+        except (RuntimeError, ValueError, AssertionError) as error:
+            failure = error
+    raise UserError(f"attach cannot guess the model's input ({failure}); give example=, a batch of images")
+
+
+def _guesses(model: nn.Module) -> list[tuple[int, ...]]:
+    config = getattr(model, "default_cfg", None) or {}
+    known = config.get("input_size") if isinstance(config, dict) else None
+    convolution = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    channels = convolution.in_channels if convolution else 3
+    return [tuple(known)] if known else [(channels, 224, 224), (channels, 32, 32)]

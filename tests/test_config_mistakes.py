@@ -119,6 +119,11 @@ def test_bad_file_is_one_sentence_with_its_line(tmp_path: Path, text: str, messa
     assert "\n" not in str(caught.value)
 
 
+def test_an_option_does_not_take_the_next_for_its_value() -> None:
+    with pytest.raises(UserError, match=r"^--data\.flip needs a value"):
+        train_config("--data.flip", "--train.epochs", "3")
+
+
 def test_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read: Is a directory"):
         train_config("--config", str(tmp_path))

@@ -25,6 +25,8 @@ def build_data(config: TrainConfig, world: World) -> Data:
         UserError: a file or card is missing or damaged, or the two files or the heads do not fit together.
     """
     data = config.data
+    if config.train.amp == "fp16" and world.device.type == "cpu":
+        raise UserError("train.amp is fp16, which needs a GPU; expected none or bf16 on the CPU")
     files = {"train": Beton.open(data.train), "val": Beton.open(data.val)}
     _check_cards(config, files["train"].card, files["val"].card)
     train = _open(config, world, "train", train=True)

@@ -257,7 +257,7 @@ PREPARE: dict[str, tuple[Spoil, str]] = {
     "class missing in one split": (missing_class, r"dog"),
     "class without images": (empty_class, r"dog"),
     "stray file": (stray_file, r"notes\.docx"),
-    "output in use": (output_in_use, r"out\.beton.*output\.overwrite"),
+    "output in use": (output_in_use, r"output\.overwrite true"),
     "outputs are one file": (add("--output.val", "{folder}/o-train.beton"), r"output\.val"),
     "output without ending": (add("--output.val", "{folder}/o"), r"output\.val.*\.beton"),
     "labels are floats": (bad_arrays(x=np.zeros((9, 8, 8, 3), np.uint8), y=np.zeros(9)), r"a\.npz"),

@@ -12,6 +12,8 @@ from rlp.errors import UserError
 class NonFiniteError(UserError):
     """A loss became NaN or infinite; the message names step, rank and which loss."""
 
+    exit_status = 3
+
 
 class Sums:
     """Named running sums, added to without a host sync and read (over all ranks) with one."""

@@ -15,6 +15,7 @@ import pytest
 from rlp.config import from_dict, help_text, keys_by_path, parse, to_dict, to_yaml
 from rlp.config_keys import REQUIRED, Section, at_least, key
 from rlp.errors import UserError, exit_on_user_error
+from rlp.meters import NonFiniteError
 from rlp.schema import DataConfig, HeadsConfig, ModelConfig, RunConfig, TrainConfig, TrainingConfig
 from tests.command_lines import REQUIRED_KEYS, train_config, write
 
@@ -249,6 +250,12 @@ def test_a_mistake_ends_a_script_with_status_2(capsys: pytest.CaptureFixture[str
         train_config("--data.flip=maybe")
     assert caught.value.code == 2
     assert capsys.readouterr().err == "error: data.flip is 'maybe'; expected true or false (command line)\n"
+
+
+def test_other_failures_have_their_own_status() -> None:
+    with pytest.raises(SystemExit) as caught, exit_on_user_error():
+        raise NonFiniteError("the loss became NaN")
+    assert caught.value.code == 3
 
 
 def test_help_lists_every_key_and_ends_with_status_0(capsys: pytest.CaptureFixture[str]) -> None:

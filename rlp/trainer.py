@@ -85,7 +85,7 @@ class Trainer:
         self.window, self.epoch_sums = Sums(names, world.device), Sums(names, world.device)
         taps = list(heads.tap_names) if heads else []
         self.watch = FiniteWatch(
-            ["class loss", "penalty", *(f"fit loss at tap {tap}" for tap in taps)], world.device, world.rank
+            ["class loss", *(f"fit loss at tap {tap}" for tap in taps), "penalty"], world.device, world.rank
         )
         self._terminated = False
 
@@ -202,7 +202,7 @@ class Trainer:
         values = [loss * count, class_loss * count, fit * count, penalty * count, correct, float(count)]
         self.window.add(*values)
         self.epoch_sums.add(*values)
-        self.watch.watch(torch.cat([class_loss.view(1), penalty.view(1), fits]).float(), self.progress.step)
+        self.watch.watch(torch.cat([class_loss.view(1), fits, penalty.view(1)]).float(), self.progress.step)
 
     def _autocast(self) -> AbstractContextManager:
         if self.amp is None:

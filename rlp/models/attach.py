@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from rlp.distributed import average_gradients
 from rlp.errors import UserError
 from rlp.models.heads import RandomLabelHeads
-from rlp.models.taps import hook_taps, pool_for, probe, resolve_taps, tap_tensor
+from rlp.models.taps import FeatureStore, Tap, check_pool, hook_taps, layout_of, probe, resolve_taps
 
 
 def attach(
@@ -34,48 +34,47 @@ def attach(
             loss.backward(); optimizer.step(); optimizer.zero_grad()
         print(heads.summary())
 
-    Works under autocast, ``torch.compile`` and DistributedDataParallel (wrap ``model`` alone, before or after; the
-    heads average their own gradients when a process group is up at this point). Neither the model's output nor any
-    global random state changes.
+    Works under autocast, ``torch.compile`` and DistributedDataParallel. Attach before the first call of a compiled
+    model. With several ranks, call after the process group is up and wrap ``model`` alone, before or after: the heads
+    average their gradients themselves. Neither the model's output nor any global random state changes. The hooks go
+    with the heads: :meth:`RandomLabelHeads.detach_hooks` takes them off, and so does the end of the heads' life.
 
     Args:
         model: any network with images in and logits out.
-        taps: module paths or globs, with ``:in`` for a module's input.
+        taps: module paths or globs, each with ``:in`` for the module's input and ``@POOL`` for a pooling of its own
+            (:func:`rlp.models.taps.resolve_taps`).
         num_labels: random labels n >= 2 of each head.
         draws: independent random labellings H, one head each at every tap.
         seed: seed of the heads' weights and, where ``loss`` gets sample ids, of their random words.
-        pool: auto, avg, cls, mean, flatten or adaptive:K (:class:`rlp.models.taps.Pool`).
+        pool: auto, avg, avg_last, cls, mean, flatten or adaptive:K (:func:`rlp.models.taps.pool_features`).
         layers: 1 (linear heads) or 2 (one hidden ReLU layer).
         hidden: units of that layer.
         split: name of the stream of random words, as in a .beton's card.
-        example: one batch of images ``[B, C, H, W]`` to find the features' dimensions with; by default of the
+        example: one batch of images ``[B, C, H, W]`` to find the features' dimensions with; by default zeros of the
             model's own input size (timm's ``default_cfg``), else of 224 or 32 pixels.
 
     Raises:
         UserError: a tap, pooling or number is wrong, or the model needs an ``example``.
     """
     _check(num_labels, draws, layers, hidden)
+    check_pool(pool, "attach")
     inner = _unwrap(model)
-    found = resolve_taps(inner, taps)
-    if not found:
-        raise UserError("taps is empty; expected at least one module path or glob")
-    store: dict[str, Any] = {}
-    handles = hook_taps(inner, found, store)
+    found = resolve_taps(inner, _check_patterns(taps))
+    store = FeatureStore()
+    handles = hook_taps(inner, found, pool, layout_of(inner), store)
     try:
         image = _probe(inner, example)
-        pooling = pool_for(inner, pool)
-        dims = []
-        for tap in found:
-            if tap.name not in store:
-                raise UserError(f"tap '{tap.name}' takes no part in the forward pass of the model")
-            dims.append(pooling(tap_tensor(tap.name, store[tap.name]), tap.name).shape[1])
+        dims = _dimensions(found, store, len(image))
     except BaseException:
         for handle in handles:
             handle.remove()
         raise
-    store.clear()
+    for tap, handle in zip(found, handles, strict=True):
+        if tap.name not in dims:
+            handle.remove()
+    store.features.clear()
     heads = RandomLabelHeads(
-        found, dims, store, handles, pooling, num_labels, draws, seed, hidden if layers == 2 else 0, split, image.device
+        dims, store, handles, num_labels, draws, seed, hidden if layers == 2 else 0, split, image.device
     )
     average_gradients(heads)
     return heads
@@ -87,6 +86,31 @@ def _check(num_labels: int, draws: int, layers: int, hidden: int) -> None:
             raise UserError(f"{name} is {value}; expected at least {least}")
     if layers not in (1, 2):
         raise UserError(f"layers is {layers}; expected 1 or 2")
+
+
+def _check_patterns(taps: Sequence[str]) -> Sequence[str]:
+    if isinstance(taps, str) or not taps:
+        raise UserError(f"taps is {taps!r}; expected a list of at least one module path or glob")
+    return taps
+
+
+def _dimensions(taps: Sequence[Tap], store: FeatureStore, batch: int) -> dict[str, int]:
+    """Number of features D at each tap, in the order in which the forward pass came to the taps.
+
+    A module that a glob found and the forward pass never calls, such as a ``ModuleList``, is left out.
+    """
+    missing = [tap for tap in taps if tap.name not in store.features]
+    required = next((tap for tap in missing if tap.required), missing[0] if len(missing) == len(taps) else None)
+    if required is not None:
+        raise UserError(
+            f"tap '{required.name}' takes no part in the forward pass of the model; expected a module that is called"
+        )
+    for name, features in store.features.items():
+        if len(features) != batch:
+            raise UserError(
+                f"tap '{name}' gives {len(features)} rows for {batch} images; expected the batch as first dimension"
+            )
+    return {name: features.shape[1] for name, features in store.features.items()}
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
@@ -119,8 +143,12 @@ def _probe(model: nn.Module, example: Tensor | None) -> Tensor:
 
 
 def _guesses(model: nn.Module) -> list[tuple[int, ...]]:
-    config = getattr(model, "default_cfg", None) or {}
+    """Shapes ``(C, H, W)`` to try: what the model says of itself, then usual ones."""
+    config: Any = getattr(model, "default_cfg", None)
     known = config.get("input_size") if isinstance(config, dict) else None
     convolution = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     channels = convolution.in_channels if convolution else 3
-    return [tuple(known)] if known else [(channels, 224, 224), (channels, 32, 32)]
+    # timm: the size that a transformer was built for may differ from that of its published weights
+    patches: Any = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    built = [(channels, *patches)] if isinstance(patches, tuple) and len(patches) == 2 else []
+    return [*built, *([tuple(known)] if known else []), (channels, 224, 224), (channels, 32, 32)]

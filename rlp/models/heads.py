@@ -1,9 +1,11 @@
 """Random-label heads at the taps of a network: captured features in, routed loss and honest readings out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 import math
-from typing import Any
+from statistics import fmean
+from typing import Self
+import weakref
 
 import torch
 from torch import Tensor, nn
@@ -16,34 +18,41 @@ from rlp.intervals import draw_interval
 from rlp.kernels.reference import Statistics, statistics_from_logits
 from rlp.labels import random_labels, random_words
 from rlp.losses import correct, fit_loss, kappa, penalty_named
-from rlp.models.taps import Pool, Tap, tap_tensor
+from rlp.models.taps import FeatureStore
 from rlp.seeding import named_seed
+
+MODES = ("online", "eval")
 
 
 class HeadBank(nn.Module):
     """The H heads of one tap, one for each draw: linear, or with one hidden ReLU layer.
 
     ``weight`` is ``[H, n, D]`` (``[H, n, M]`` behind a hidden layer of M units, whose weight is ``[H, M, D]``). Each
-    head is initialised like ``nn.Linear``, from ``generator`` alone.
+    head is initialised like ``nn.Linear``, from ``seed``, ``tap`` and its draw alone: neither the global generators nor
+    the number of taps and draws have a say, so one more of them leaves the others' weights as they were.
     """
 
     decayed_parameters = ("weight", "hidden_weight")
 
-    def __init__(self, dim: int, draws: int, num_labels: int, hidden: int, generator: torch.Generator) -> None:
+    def __init__(self, dim: int, draws: int, num_labels: int, hidden: int, seed: int, tap: str) -> None:
         super().__init__()
-        self.dim, self.draws, self.num_labels = dim, draws, num_labels
+        self.dim, self.draws, self.num_labels, self.hidden = dim, draws, num_labels, hidden
 
-        def uniform(*shape: int, fan_in: int) -> nn.Parameter:
-            bound = 1 / math.sqrt(fan_in)
-            return nn.Parameter(torch.empty(shape).uniform_(-bound, bound, generator=generator))
+        def empty(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(draws, *shape, dtype=torch.float32, device="cpu"))
 
-        width = hidden or dim
+        layers = []  # parameters of a layer, and their fan-in
         if hidden:
-            self.hidden_weight = uniform(draws, hidden, dim, fan_in=dim)
-            self.hidden_bias = uniform(draws, hidden, fan_in=dim)
-        self.hidden = hidden
-        self.weight = uniform(draws, num_labels, width, fan_in=width)
-        self.bias = uniform(draws, num_labels, fan_in=width)
+            self.hidden_weight, self.hidden_bias = empty(hidden, dim), empty(hidden)
+            layers.append((self.hidden_weight, self.hidden_bias, dim))
+        width = hidden or dim
+        self.weight, self.bias = empty(num_labels, width), empty(num_labels)
+        layers.append((self.weight, self.bias, width))
+        for draw in range(draws):
+            generator = torch.Generator().manual_seed(named_seed(seed, f"heads.{tap}.{draw}"))
+            for *parameters, fan_in in layers:
+                for parameter in parameters:
+                    parameter.data[draw].uniform_(-1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in), generator=generator)
 
     def forward(self, x: Tensor, frozen: bool = False) -> Tensor:
         """Logits ``[B, H, n]`` of features ``[B, D]``; ``frozen`` keeps gradients from the heads' parameters."""
@@ -52,6 +61,7 @@ class HeadBank(nn.Module):
             value = getattr(self, name)
             return value.detach() if frozen else value
 
+        x = x.to(self.weight.dtype)  # under autocast the products go down to its type by themselves
         if not self.hidden:
             logits = F.linear(x, parameter("weight").flatten(0, 1), parameter("bias").flatten())
             return logits.unflatten(1, (self.draws, self.num_labels))
@@ -82,19 +92,24 @@ class RandomLabelHeads(nn.Module):
 
     Call the network, then :meth:`loss` (or :meth:`evaluate`) once for the features that the call left at the taps. The
     network is not part of this module: its parameters appear neither in ``parameters()`` nor in ``state_dict()``.
+    Optimise both: ``[*model.parameters(), *heads.parameters()]``. As a context manager it takes its hooks off at the
+    end.
 
     Attributes:
+        tap_names, dims: the L taps in the order of the forward pass, and the features D that each has.
+        steps: how many times :meth:`loss` was called, int64 on the device, part of ``state_dict()``.
         last_fit: fit loss at each tap in the latest :meth:`loss`, mean over draws and batch, ``[L]`` on the device.
-        last_penalty: penalty in the latest :meth:`loss`, sum over taps, 0-dim on the device.
+        last_penalty: penalty in the latest :meth:`loss`, also where λ is 0: mean over draws and batch, sum over taps,
+            0-dim on the device.
     """
+
+    steps: Tensor
 
     def __init__(
         self,
-        taps: Sequence[Tap],
-        dims: Sequence[int],
-        store: dict[str, Any],
+        dims: Mapping[str, int],
+        store: FeatureStore,
         handles: Sequence[RemovableHandle],
-        pool: Pool,
         num_labels: int,
         draws: int,
         seed: int,
@@ -103,19 +118,17 @@ class RandomLabelHeads(nn.Module):
         device: torch.device,
     ) -> None:
         super().__init__()
-        self.tap_names = [tap.name for tap in taps]
+        self.tap_names, self.dims = list(dims), list(dims.values())
         self.num_labels, self.draws, self.seed, self.split = num_labels, draws, seed, split
-        banks = [
-            # Every tap has a seed of its own: another tap more or less changes nothing here.
-            HeadBank(dim, draws, num_labels, hidden, torch.Generator().manual_seed(named_seed(seed, f"heads.{name}")))
-            for name, dim in zip(self.tap_names, dims, strict=True)
-        ]
-        self.dims = list(dims)
+        banks = [HeadBank(dim, draws, num_labels, hidden, seed, name) for name, dim in dims.items()]
         self.banks = nn.ModuleList(banks).to(device)
-        self._store, self._handles, self._pool = store, list(handles), pool
-        shape = (len(taps), draws, 3)  # sums of loss, of correct, and number of samples
-        self._sums = {mode: torch.zeros(shape, dtype=torch.float64, device=device) for mode in ("online", "eval")}
-        self.last_fit = torch.zeros(len(taps), device=device)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
+        for mode in MODES:  # sums of loss, of correct, and number of samples
+            sums = torch.zeros(len(dims), draws, 3, dtype=torch.float64, device=device)
+            self.register_buffer(f"{mode}_sums", sums, persistent=False)
+        self._store = store
+        self._detach = weakref.finalize(self, _remove, list(handles), store)
+        self.last_fit = torch.zeros(len(dims), device=device)
         self.last_penalty = torch.zeros((), device=device)
 
     # -- losses ----------------------------------------------------------------------------------------------
@@ -132,15 +145,18 @@ class RandomLabelHeads(nn.Module):
         Args:
             index: int64 ``[B]`` sample ids of the batch, from which the random words follow; or
             words: int64 ``[B, draws]`` the words themselves, in [0, 2^32), as a .beton has them.
-            lam: weight λ >= 0 of the penalty.
+            lam: weight λ >= 0 of the penalty, a number.
             penalty: ``forget`` or ``uniform`` (:data:`rlp.losses.PENALTIES`).
 
         Returns:
             A scalar.
 
         Raises:
-            UserError: the network has not run since the last call, or batch sizes differ.
+            UserError: the network has not run since the last call, batch sizes differ, or λ is not a number >= 0.
         """
+        penalty_of = penalty_named(penalty)
+        if isinstance(lam, Tensor) or not 0 <= lam < math.inf:
+            raise UserError(f"lam is {lam}; expected a finite number of at least 0")
         features = self._take_features()
         target = self._targets(index, words, features)
         fits, penalties = [], []
@@ -150,15 +166,13 @@ class RandomLabelHeads(nn.Module):
             self._add("online", place, stats, fit)
             fits.append(fit.mean(0))
             if lam:
-                routed = statistics_from_logits(bank(x, frozen=True), target)
-                penalties.append(penalty_named(penalty)(routed).mean())
+                stats = statistics_from_logits(bank(x, frozen=True), target)
+            penalties.append(penalty_of(stats).mean())
         fit_by_tap = torch.stack([fit.sum() for fit in fits])
-        self.last_fit = fit_by_tap.detach() / self.draws
-        if not lam:
-            return fit_by_tap.sum()
         total = torch.stack(penalties).sum()
-        self.last_penalty = total.detach()
-        return fit_by_tap.sum() + lam * total
+        self.last_fit, self.last_penalty = fit_by_tap.detach() / self.draws, total.detach()
+        self.steps += 1
+        return fit_by_tap.sum() + lam * total if lam else fit_by_tap.sum()
 
     @torch.no_grad()
     def evaluate(self, index: Tensor | None = None, *, words: Tensor | None = None) -> None:
@@ -170,17 +184,25 @@ class RandomLabelHeads(nn.Module):
             self._add("eval", place, stats, fit_loss(stats))
 
     def _take_features(self) -> list[Tensor]:
-        """Pooled features ``[B, D]`` of every tap from the latest forward pass, which are then used up."""
-        missing = [name for name in self.tap_names if name not in self._store]
+        """Features ``[B, D]`` of every tap from the latest forward pass, which are then used up."""
+        stored, device = self._store.features, self.steps.device
+        missing = [name for name in self.tap_names if name not in stored]
         if missing:
             raise UserError(
                 f"no features at tap '{missing[0]}'; call the network first, and the heads once after each call"
             )
-        features = [self._pool(tap_tensor(name, self._store[name]), name) for name in self.tap_names]
-        self._store.clear()
+        features = [stored[name] for name in self.tap_names]
+        stored.clear()
         for name, dim, x in zip(self.tap_names, self.dims, features, strict=True):
             if x.shape[1] != dim:
                 raise UserError(f"tap '{name}' gives {x.shape[1]} features; its heads were made for {dim}")
+            if x.device != device:
+                raise UserError(f"tap '{name}' is on {x.device}, its heads on {device}; expected one device")
+            if len(x) != len(features[0]):
+                raise UserError(
+                    f"tap '{name}' gives {len(x)} rows, tap '{self.tap_names[0]}' {len(features[0])}; expected one "
+                    "row an image at each"
+                )
         return features
 
     def _targets(self, index: Tensor | None, words: Tensor | None, features: list[Tensor]) -> Tensor:
@@ -188,75 +210,109 @@ class RandomLabelHeads(nn.Module):
         if (index is None) == (words is None):
             raise UserError("give either the sample ids (index) or their random words (words), not both or neither")
         device, batch = features[0].device, len(features[0])
-        if words is None:
-            assert index is not None
-            words = random_words(self.seed, index.to(device, non_blocking=True), self.draws, self.split)
-        if tuple(words.shape) != (batch, self.draws):
-            given = f"{[*words.shape]} words" if index is None else f"{words.shape[0]} sample ids"
-            raise UserError(f"the network saw {batch} images, but the heads got {given}; expected one row an image")
-        return random_labels(words.to(device, non_blocking=True), self.num_labels)
+        given, shape, name = (
+            (words, (batch, self.draws), "words") if index is None else (index, (batch,), "index")
+        )  # fmt: skip
+        if not isinstance(given, Tensor) or given.is_floating_point() or given.dtype == torch.bool:
+            kind = given.dtype if isinstance(given, Tensor) else type(given).__name__
+            raise UserError(f"{name} is {kind}; expected a tensor of whole numbers, int64")
+        if tuple(given.shape) != shape:
+            raise UserError(
+                f"{name} has the shape {[*given.shape]}; expected {[*shape]}, for the network saw {batch} images"
+            )
+        given = given.to(device, torch.int64, non_blocking=True)
+        if index is not None:
+            given = random_words(self.seed, given, self.draws, self.split)
+        return random_labels(given, self.num_labels)
 
     # -- readings --------------------------------------------------------------------------------------------
 
+    def _sums(self, mode: str) -> Tensor:
+        if mode not in MODES:
+            raise UserError(f"mode is '{mode}'; expected {' or '.join(MODES)}")
+        return self.get_buffer(f"{mode}_sums")
+
     def _add(self, mode: str, place: int, stats: Statistics, fit: Tensor) -> None:
         right = correct(stats).detach()
-        rows = [
-            fit.detach().double().sum(0),
-            right.double().sum(0),
-            torch.full_like(right[0], len(right), dtype=torch.double),
-        ]
-        self._sums[mode][place] += torch.stack(rows, dim=-1)
+        seen = torch.full_like(right[0], len(right), dtype=torch.double)
+        self._sums(mode)[place] += torch.stack([fit.detach().double().sum(0), right.double().sum(0), seen], dim=-1)
 
     def metrics(self, mode: str = "online", reset: bool = True) -> list[TapMetrics]:
         """Readings of every tap and draw over the samples since the last reset, over all ranks. A host sync.
 
-        ``online``: from :meth:`loss`, while heads and network moved. ``eval``: from :meth:`evaluate`. Empty if no
-        sample was seen.
+        With several ranks every one must call it. ``online``: from :meth:`loss`, while heads and network moved.
+        ``eval``: from :meth:`evaluate`. Empty if no sample was seen.
         """
-        sums = reduce_sum(self._sums[mode]).tolist()
+        sums = self._sums(mode)
+        totals = reduce_sum(sums).tolist()
         if reset:
-            self._sums[mode].zero_()
+            sums.zero_()
         n = self.num_labels
         return [
             TapMetrics(
                 tap=name, depth=depth, draw=draw, loss=loss / count, accuracy=right / count,
-                kappa=kappa(right / count, n), chance=1 / n, count=int(count), num_labels=n, dim=dim,
+                kappa=kappa(right / count, n), chance=1 / n, count=int(count), num_labels=n, dim=self.dims[depth],
             )
-            for depth, (name, dim, rows) in enumerate(zip(self.tap_names, self.dims, sums, strict=True))
+            for depth, (name, rows) in enumerate(zip(self.tap_names, totals, strict=True))
             for draw, (loss, right, count) in enumerate(rows)
             if count
         ]  # fmt: skip
 
     def running_state(self) -> dict[str, Tensor]:
-        """The online sums over all ranks, for a checkpoint in mid-epoch."""
-        return {"online": reduce_sum(self._sums["online"]).clone()}
+        """The online sums over all ranks, for a checkpoint in mid-epoch; with several ranks every one must call it."""
+        return {"online": reduce_sum(self._sums("online")).clone()}
 
-    def load_running_state(self, state: dict[str, Tensor]) -> None:
+    def load_running_state(self, state: Mapping[str, Tensor]) -> None:
         """Put back what :meth:`running_state` returned (on one rank, for it holds all ranks' share)."""
-        self._sums["online"].copy_(state["online"])
+        self._sums("online").copy_(state["online"])
 
-    def summary(self) -> str:
-        """Text table of κ per tap: mean and 95% interval over draws, beside chance; from ``eval`` if it has samples."""
-        rows = self.metrics("eval", reset=False) or self.metrics("online", reset=False)
-        if not rows:
+    def summary(self, reset: bool = False) -> str:
+        """Text table of κ per tap, for each mode that has samples: mean and 95% interval over draws, beside chance.
+
+        ``online`` counts every sample as often as :meth:`loss` saw it since the last reset. With several ranks every
+        one must call it. The class-only floor needs the classes: :func:`rlp.labels.class_floor`.
+        """
+        tables = [_table(mode, rows) for mode in MODES if (rows := self.metrics(mode, reset))]
+        if not tables:
             return "no samples yet: call heads.loss or heads.evaluate first"
-        width = max(len("tap"), *(len(name) for name in self.tap_names))
-        lines = [f"{'tap':<{width}}     D  accuracy  chance       κ  95% over draws"]
-        for name in self.tap_names:
-            mine = [row for row in rows if row.tap == name]
-            interval = draw_interval([row.kappa for row in mine])
-            spread = "-" if interval.low is None else f"{interval.low:+.3f} .. {interval.high:+.3f}"
-            accuracy = sum(row.accuracy for row in mine) / len(mine)
-            lines.append(
-                f"{name:<{width}} {mine[0].dim:>5}  {accuracy:>8.4f}  {1 / self.num_labels:>6.4f}  "
-                f"{interval.mean:>+6.3f}  {spread}"
-            )
-        lines.append(f"n = {self.num_labels} labels, {self.draws} draws, N = {rows[0].count} samples")
-        return "\n".join(lines)
+        facts = f"{self.num_labels} random labels, {self.draws} draws, heads trained for {int(self.steps)} batches"
+        return "\n\n".join([facts, *tables])
+
+    # -- hooks -----------------------------------------------------------------------------------------------
 
     def detach_hooks(self) -> None:
-        """Take the hooks off the network; the heads can no longer be used with it."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._store.clear()
+        """Take the hooks off the network; the heads can no longer be used with it. A second call does nothing."""
+        self._detach()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach_hooks()
+
+
+def _remove(handles: list[RemovableHandle], store: FeatureStore) -> None:
+    for handle in handles:
+        handle.remove()
+    store.features.clear()
+
+
+def _table(mode: str, rows: Sequence[TapMetrics]) -> str:
+    """One line per tap, in depth order."""
+    taps = dict.fromkeys(row.tap for row in rows)
+    width = max(3, *(len(tap) for tap in taps))
+    how = "while training" if mode == "online" else "by evaluate"
+    lines = [
+        f"{mode} ({how}), N = {rows[0].count} samples",
+        f"{'tap':<{width}}      D    loss  accuracy  chance       κ  95% over draws",
+    ]
+    for tap in taps:
+        mine = [row for row in rows if row.tap == tap]
+        interval = draw_interval([row.kappa for row in mine])
+        spread = "one draw only" if interval.low is None else f"{interval.low:+.3f} .. {interval.high:+.3f}"
+        loss, accuracy = fmean(row.loss for row in mine), fmean(row.accuracy for row in mine)
+        lines.append(
+            f"{tap:<{width}} {mine[0].dim:>6}  {loss:>6.3f}  {accuracy:>8.4f}  {mine[0].chance:>6.4f}  "
+            f"{interval.mean:>+6.3f}  {spread}"
+        )
+    return "\n".join(lines)

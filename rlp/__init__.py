@@ -1,7 +1,21 @@
 """Random Label Heads: measure and control memorisation in PyTorch image classifiers."""
 
+from typing import TYPE_CHECKING, Any
+
 from rlp.errors import UserError
-from rlp.models import RandomLabelHeads, attach
+
+if TYPE_CHECKING:
+    from rlp.models import RandomLabelHeads, attach
 
 __all__ = ["RandomLabelHeads", "UserError", "attach"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Import the heads, and with them torch, when they are first asked for: processes that only encode images import
+    this package too."""
+    if name in ("RandomLabelHeads", "attach"):
+        from rlp import models
+
+        return getattr(models, name)
+    raise AttributeError(f"module 'rlp' has no attribute '{name}'")

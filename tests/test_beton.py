@@ -188,6 +188,35 @@ def test_named_damage_is_named(tmp_path: Path) -> None:
         change_card(path, size=len(whole))
 
 
+@pytest.mark.parametrize(
+    ("region", "field", "value", "sentence"),
+    [
+        ("metadata", "mode", 2, "sample 4 has a size that does not fit its bytes"),
+        ("metadata", "height", 0, "sample 4 has a size that does not fit its bytes"),
+        ("metadata", "ptr", 1, "sample 4 points to bytes that are not its own"),
+        ("metadata", "words", 1, "sample 4 points to bytes that are not its own"),
+        ("alloc", "size", 2**64 - 4, "sample 4 lies outside the data"),  # pointer + size wraps around to a place inside
+        ("alloc", "size", 0, "sample 4 lies outside the data"),
+        ("alloc", "size", 5000, "allocations overlap"),
+        ("alloc", "ptr", 2**64 - 1, "sample 4 lies outside the data"),
+        ("alloc", "ptr", 0, "sample 4 lies outside the data"),
+        ("alloc", "sample_id", 5, "sample 4 points to bytes that are not its own"),
+    ],
+)
+def test_a_wrong_place_is_named(tmp_path: Path, region: str, field: str, value: int, sentence: str) -> None:
+    path = write_set(tmp_path / "a.beton", random_images(9, 16, 16), jpeg=True)  # JPEGs may have any size
+    whole = bytearray(path.read_bytes())
+    if region == "metadata":
+        records = np.frombuffer(whole, METADATA, 9, DESCRIPTORS_END)
+        (records["image"] if field in (IMAGE.names or ()) else records)[field][4] = value
+    else:
+        table = int(np.frombuffer(whole, HEADER, 1)[0]["alloc_table"])
+        np.frombuffer(whole, ALLOC, 18, table)[field][8] = value
+    path.write_bytes(whole)
+    with pytest.raises(UserError, match=sentence):
+        read_index(path)
+
+
 def test_full_hash_finds_a_changed_pixel(tmp_path: Path) -> None:
     path = write_set(tmp_path / "a.beton", random_images(30, 8, 8))
     place = int(read_index(path).metadata["image"]["ptr"][3])

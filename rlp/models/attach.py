@@ -9,13 +9,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rlp.distributed import average_gradients
 from rlp.errors import UserError
+from rlp.models.backbone import default_taps
 from rlp.models.heads import RandomLabelHeads
 from rlp.models.taps import FeatureStore, Tap, check_pool, hook_taps, layout_of, probe, resolve_taps
 
 
 def attach(
     model: nn.Module,
-    taps: Sequence[str],
+    taps: Sequence[str] | None = None,
     num_labels: int = 10,
     draws: int = 8,
     seed: int = 0,
@@ -42,7 +43,7 @@ def attach(
     Args:
         model: any network with images in and logits out.
         taps: module paths or globs, each with ``:in`` for the module's input and ``@POOL`` for a pooling of its own
-            (:func:`rlp.models.taps.resolve_taps`).
+            (:func:`rlp.models.taps.resolve_taps`); by default those of :func:`rlp.models.default_taps`.
         num_labels: random labels n >= 2 of each head.
         draws: independent random labellings H, one head each at every tap.
         seed: seed of the heads' weights and, where ``loss`` gets sample ids, of their random words.
@@ -59,7 +60,7 @@ def attach(
     _check(num_labels, draws, layers, hidden)
     check_pool(pool, "attach")
     inner = _unwrap(model)
-    found = resolve_taps(inner, _check_patterns(taps))
+    found = resolve_taps(inner, _check_patterns(default_taps(inner) if taps is None else taps))
     store = FeatureStore()
     handles = hook_taps(inner, found, pool, layout_of(inner), store)
     try:

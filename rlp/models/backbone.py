@@ -2,8 +2,11 @@
 
 from collections.abc import Callable
 import difflib
+from importlib.util import find_spec
 import inspect
+from pathlib import Path
 import re
+import sys
 from typing import Any
 
 import torch
@@ -46,6 +49,9 @@ def build_model(name: str, num_classes: int, image_size: int, args: dict[str, An
         model = _call(name, OWN_MODELS[name], args, num_classes=num_classes)
     else:
         return _build_timm(name, num_classes, image_size, args)
+    smallest = getattr(model, "smallest_image", 1)
+    if image_size < smallest:
+        raise UserError(f"model.name {name} needs images of at least {smallest} pixels a side; these have {image_size}")
     model.default_cfg = {"input_size": (3, image_size, image_size)}  # type: ignore[assignment]
     return model
 
@@ -76,7 +82,27 @@ def _build_timm(name: str, num_classes: int, image_size: int, args: dict[str, An
                 raise
             return timm.create_model(name, num_classes=num_classes, **args)  # a model of any input size
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        raise UserError(f"model.args {args} do not fit {name}: {str(error).splitlines()[0]}") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"model.args {args} do not fit {name} with images of {image_size} pixels: {reason}") from error
+    except Exception as error:
+        if not args.get("pretrained"):
+            raise
+        # The download may fail in as many ways as there are network libraries.
+        raise UserError(f"model.args.pretrained: the weights of {name} cannot be had: {error}") from error
+
+
+def default_taps(model: nn.Module) -> list[str]:
+    """Taps at several depths that a model names itself: blocks of ours, the feature stages of a timm model.
+
+    Raises:
+        UserError: the model names none.
+    """
+    own = getattr(model, "default_taps", None)
+    stages = getattr(model, "feature_info", None)
+    names = list(own) if own else [stage["module"] for stage in stages] if isinstance(stages, list) else []
+    if not names:
+        raise UserError(f"{type(model).__name__} names no taps of its own; expected taps, module paths or globs")
+    return list(dict.fromkeys(names))
 
 
 def import_timm() -> Any:
@@ -89,7 +115,7 @@ def import_timm() -> Any:
         UserError: timm is not installed.
     """
     global _torchvision_library
-    if torch.version.cuda is None and _torchvision_library is None and not _has_nms():
+    if _torchvision_library is None and _torchvision_is_for_cuda_alone():
         library = torch.library.Library("torchvision", "DEF")
         for operator in ("nms", "qnms"):
             library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
@@ -101,9 +127,15 @@ def import_timm() -> Any:
     return timm
 
 
-def _has_nms() -> bool:
-    try:
-        torch.ops.torchvision.nms  # noqa: B018
-    except (AttributeError, RuntimeError):
+def _torchvision_is_for_cuda_alone() -> bool:
+    """A CUDA build of torchvision, not yet imported, beside a torch without CUDA; read from its files.
+
+    Any other build brings its operators, and declaring them a second time would keep it from loading.
+    """
+    if torch.version.cuda is not None or "torchvision" in sys.modules:
         return False
-    return True
+    spec = find_spec("torchvision")
+    if spec is None or spec.origin is None:
+        return False
+    version = Path(spec.origin).with_name("version.py")
+    return version.is_file() and "+cu" in version.read_text()

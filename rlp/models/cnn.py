@@ -11,6 +11,9 @@ class SmallCNN(nn.Module):
     Taps: ``block1``, ``block2``, ``block3``. About 24,000 parameters at the default width.
     """
 
+    default_taps = ("block1", "block2", "block3")
+    smallest_image = 8
+
     def __init__(self, num_classes: int, width: int = 16, dropout: float = 0.0, norm: bool = True) -> None:
         super().__init__()
         self.block1 = _block(3, width, norm)

@@ -29,6 +29,9 @@ class BasicBlock(nn.Module):
 class ResNet18(nn.Module):
     """Four layers of two basic blocks with 64 to 512 channels. Taps: ``stem``, ``layer1.0`` ... ``layer4.1``."""
 
+    default_taps = ("layer1", "layer2", "layer3", "layer4")
+    smallest_image = 8
+
     def __init__(self, num_classes: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU())

@@ -16,6 +16,9 @@ class VGG16(nn.Module):
     ``stage1`` ... ``stage5``, or a block in a stage: ``stage4.2``.
     """
 
+    default_taps = ("stage1", "stage2", "stage3", "stage4", "stage5")
+    smallest_image = 32
+
     def __init__(self, num_classes: int, batch_norm: bool = True, dropout: float = 0.0) -> None:
         super().__init__()
         channels_in = 3

@@ -32,6 +32,9 @@ class WideResNet(nn.Module):
     Taps: ``stem``, ``group1.0`` ... ``group3.{last}``, ``norm`` (after the last group; heads see its ReLU), ``pool``.
     """
 
+    default_taps = ("group1", "group2", "group3", "norm")
+    smallest_image = 8
+
     def __init__(self, depth: int, width: int, num_classes: int, dropout: float = 0.0) -> None:
         super().__init__()
         blocks = (depth - 4) // 6

@@ -56,6 +56,7 @@ def train(config: TrainConfig, world: World) -> None:
         last = trainer.fit()
         if world.is_main:
             finish(config, trainer, last, log)
+        wait_for_all()  # a rank that leaves while another still works can bring the process group down
 
 
 def finish(config: TrainConfig, trainer: Trainer, last: dict[str, Any], log: RunLog) -> None:

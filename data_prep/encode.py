@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from rlp.data.format import JPG, RAW
 from rlp.errors import UserError
 
-JPG, RAW = 0, 1  # FFCV's numbers; equal to rlp.data.format's by a test
 LARGEST_SIDE = 65535  # the format keeps sides in 16 bits
 _CONVERTIBLE = ("1", "L", "LA", "P", "PA", "RGBA", "CMYK", "YCbCr")
 

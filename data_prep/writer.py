@@ -191,7 +191,7 @@ def _raw_bytes(split: Split, contents: Contents) -> int | None:
 def _explained(error: OSError, splits: list[Split]) -> UserError:
     where = " and ".join(str(split.path) for split in splits)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(f"the disk is full: {where} could not be written, and nothing was left behind")
+        return UserError(f"the disk is full: {where} could not be written; no part of them was left")
     return UserError(f"{where} could not be written: {error.strerror or error}" + _named(error))
 
 

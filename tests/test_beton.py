@@ -10,7 +10,6 @@ import numpy as np
 from numpy.lib import recfunctions
 import pytest
 
-from data_prep import encode
 from data_prep.encode import Encoded
 from data_prep.pages import PageWriter
 from rlp.data import format as beton_format
@@ -85,7 +84,6 @@ def test_dtypes_are_ffcv_s() -> None:
     assert types.FieldDescType == beton_format.FIELD_DESC
     assert ALLOC == types.ALLOC_TABLE_TYPE
     np.testing.assert_array_equal(beton_format.field_descriptors(7)[-1]["arguments"], ours[-1].to_binary()[0])
-    assert (encode.JPG, encode.RAW) == (beton_format.JPG, beton_format.RAW)
 
 
 def ffcv_loader(path: Path, **options):

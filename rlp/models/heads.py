@@ -99,7 +99,7 @@ class RandomLabelHeads(nn.Module):
         tap_names, dims: the L taps in the order of the forward pass, and the features D that each has.
         steps: how many times :meth:`loss` was called, int64 on the device, part of ``state_dict()``.
         last_fit: fit loss at each tap in the latest :meth:`loss`, mean over draws and batch, ``[L]`` on the device.
-        last_penalty: penalty in the latest :meth:`loss`, also where λ is 0: mean over draws and batch, sum over taps,
+        last_penalty: penalty in the latest :meth:`loss`, also where λ is 0: mean over taps, draws and batch,
             0-dim on the device.
     """
 
@@ -139,7 +139,7 @@ class RandomLabelHeads(nn.Module):
         """Fit loss of all heads plus ``lam`` times the penalty, each with its own route for gradients.
 
         ``Σ_taps Σ_draws mean_batch(-log p)`` trains the heads alone (each as if it were the only one), and
-        ``lam · Σ_taps mean_draws mean_batch(-log(1 - p))`` the network alone. With ``lam=0`` features are detached and
+        ``lam · Σ_taps Σ_draws mean_batch(-log(1 - p))`` the network alone. With ``lam=0`` features are detached and
         the network's gradient is untouched to the bit.
 
         Args:
@@ -167,10 +167,11 @@ class RandomLabelHeads(nn.Module):
             fits.append(fit.mean(0))
             if lam:
                 stats = statistics_from_logits(bank(x, frozen=True), target)
-            penalties.append(penalty_of(stats).mean())
+            penalties.append(penalty_of(stats).mean(0).sum())
         fit_by_tap = torch.stack([fit.sum() for fit in fits])
         total = torch.stack(penalties).sum()
-        self.last_fit, self.last_penalty = fit_by_tap.detach() / self.draws, total.detach()
+        self.last_fit = fit_by_tap.detach() / self.draws
+        self.last_penalty = total.detach() / (self.draws * len(penalties))
         self.steps += 1
         return fit_by_tap.sum() + lam * total if lam else fit_by_tap.sum()
 

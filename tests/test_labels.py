@@ -127,8 +127,8 @@ def test_noise_and_members_nest(seed, a, b, classes):
     assert (noisy_labels(label, noise, noise_class, 0.0, classes) == label).all()
     assert member_mask(member, 1.0).all()
     assert not member_mask(member, 0.0).any()
-    both = noisy_labels(*(torch.from_numpy(part) for part in (label, noise, noise_class)), high, classes)
-    assert (both.numpy() == many).all()
+    tensors = [torch.from_numpy(part) for part in (label, noise, noise_class)]
+    assert (noisy_labels(tensors[0], tensors[1], tensors[2], high, classes).numpy() == many).all()
 
 
 def test_rates_are_met_and_wrong_classes_are_equally_likely():

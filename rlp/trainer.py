@@ -231,7 +231,7 @@ class Trainer:
         sums = self.window.read()
         self.window.reset()
         count = sums.pop("count")
-        row = {"kind": "step", "step": self.progress.step, "epoch": self.progress.epoch}
+        row = {"kind": "step", "step": self.progress.step, "epoch": self.progress.epoch + 1}
         row |= {name: total / count for name, total in sums.items() if name != "correct"}
         row |= {"accuracy": sums["correct"] / count, "lr": self.optimizers[0].param_groups[0]["lr"]}
         row["images_per_s"] = count / max(seconds, 1e-9)

@@ -112,7 +112,10 @@ class RunLog:
             self._board.close()
 
     def _show_step(self, row: Row) -> None:
-        numbers = f"class loss {_number(row['class_loss'])}  accuracy {_number(row['accuracy'], 3)}  lr {_number(row['lr'], 3)}"
+        loss, accuracy, lr = (
+            _number(row[key], digits) for key, digits in (("class_loss", 4), ("accuracy", 3), ("lr", 3))
+        )
+        numbers = f"class loss {loss}  accuracy {accuracy}  lr {lr}"
         if row.get("fit_loss") is not None:
             numbers += f"  fit {_number(row['fit_loss'])}"
         left = f"{_duration(self._progress.seconds_left())} left" if self._progress.total else ""

@@ -156,7 +156,7 @@ class RandomLabelHeads(nn.Module):
         """
         penalty_of = penalty_named(penalty)
         if isinstance(lam, Tensor) or not 0 <= lam < math.inf:
-            raise UserError(f"lam is {lam}; expected a finite number of at least 0")
+            raise UserError(f"lam is {lam!r}; expected a finite number of at least 0")
         features = self._take_features()
         target = self._targets(index, words, features)
         fits, penalties = [], []

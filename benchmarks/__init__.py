@@ -1,0 +1,1 @@
+"""Benchmarks: each module measures one thing in one process and writes a dated result (see harness.py)."""

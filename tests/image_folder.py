@@ -6,11 +6,11 @@ import subprocess
 import sys
 
 from PIL import Image
+from small_sets import random_images
 
 from data_prep.schema import ImageConfig, OutputConfig, PrepareConfig, SourceConfig, WordsConfig
 from rlp.data.beton import Beton
 from rlp.errors import UserError
-from tests.small_sets import random_images
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIR = ["train.beton", "train.json", "val.beton", "val.json"]

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 import pytest
+from tiny_run import tiny_settings, write_tiny_sets
 import torch
 import yaml
 
 from data_prep import write_datasets
 from rlp.data.card import card_path
 from rlp.errors import exit_on_user_error
-from tests.tiny_run import tiny_settings, write_tiny_sets
 import train_rlp
 
 Spoil = Callable[[Path], list[str]]

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 import numpy as np
 from numpy.lib import recfunctions
 import pytest
+from small_sets import SEED, random_images, write_card, write_set
 
 from data_prep.encode import Encoded
 from data_prep.pages import PageWriter
@@ -17,7 +18,6 @@ from rlp.data.beton import Beton, Card, card_path
 from rlp.data.format import ALLOC, DESCRIPTORS_END, HEADER, IMAGE, METADATA, RAW, read_index
 from rlp.errors import UserError
 from rlp.labels import baked_words
-from tests.small_sets import SEED, random_images, write_card, write_set
 
 SMALL_PAGE = 1 << 12
 

@@ -189,3 +189,25 @@ def test_a_resident_step_never_waits_for_the_host(path: Path) -> None:
         torch.cuda.set_sync_debug_mode("default")
     on_host = [Batch(*(column.cpu() for column in batch)) for batch in (first, *rest)]
     assert_equal(on_host, list(open_train(path).epoch(0)))
+
+
+def test_two_resident_loaders_of_one_file_share_its_memory(path: Path) -> None:
+    train = open_train(path, kind="resident", label_noise=0.5)
+    evaluation = open_train(path, kind="resident", train=False)
+    assert isinstance(train, ResidentLoader)
+    assert isinstance(evaluation, ResidentLoader)
+    assert train._set is evaluation._set
+    train.close()
+    assert sum(len(batch.label) for batch in evaluation.epoch(0)) == 37
+    evaluation.close()
+    assert open_train(path, kind="resident") is not None
+
+
+def test_evaluation_can_have_the_view_of_the_training(path: Path) -> None:
+    """Members with the labels they are given: what the network was trained on, in file order."""
+    train = open_train(path, batch_size=4, label_noise=0.5, member_fraction=0.6)
+    evaluation = open_train(path, train=False, label_noise=0.5, member_fraction=0.6)
+    given = {int(i): int(c) for b in train.epoch(0) for i, c in zip(b.index, b.label, strict=True)}
+    seen = {int(i): int(c) for b in evaluation.epoch(0) for i, c in zip(b.index, b.label, strict=True)}
+    assert len(seen) == evaluation.num_samples == train.num_samples < 37
+    assert given.items() <= seen.items()

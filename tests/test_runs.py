@@ -13,9 +13,8 @@ import sys
 import time
 
 import pytest
+from tiny_run import assert_same_tensors, final_state, tiny_settings, write_tiny_sets
 import yaml
-
-from tests.tiny_run import assert_same_tensors, final_state, tiny_settings, write_tiny_sets
 
 ROOT = Path(__file__).parent.parent
 KILLS = int(os.environ.get("RLP_KILLS", "4"))

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from tiny_run import assert_same_tensors, final_state, tiny_config, write_tiny_sets
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -12,7 +13,6 @@ from rlp.distributed import World
 from rlp.meters import NonFiniteError
 from rlp.runlog import RunLog, read_rows, read_summary
 from rlp.trainer import INTERRUPTED, Trainer
-from tests.tiny_run import assert_same_tensors, final_state, tiny_config, write_tiny_sets
 from train_rlp import train
 
 

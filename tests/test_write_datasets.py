@@ -8,6 +8,7 @@ import signal
 import numpy as np
 from PIL import Image
 import pytest
+from small_sets import random_images
 
 from data_prep import workers
 from data_prep.encode import ImageOptions, Sample, encode_chunk
@@ -19,7 +20,6 @@ from rlp.data.card import Card
 from rlp.errors import UserError
 from rlp.labels import baked_words
 from tests.image_folder import PAIR, ROOT, left_in, make_source, options_of, request, run_script
-from tests.small_sets import random_images
 
 
 @pytest.fixture

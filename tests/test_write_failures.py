@@ -15,6 +15,7 @@ import time
 import numpy as np
 from PIL import Image
 import pytest
+from small_sets import random_images
 
 from data_prep import pages, partial, workers, writer
 from data_prep.encode import ImageOptions, Sample, encode_chunk
@@ -24,7 +25,6 @@ from data_prep.write_datasets import prepare
 from rlp.data.beton import Beton, card_path
 from rlp.errors import UserError
 from tests.image_folder import PAIR, left_in, make_source, options_of, request, run_script, seed_of
-from tests.small_sets import random_images
 
 
 @pytest.fixture

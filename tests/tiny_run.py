@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from small_sets import write_set
 import torch
 
 from rlp.config import from_dict
 from rlp.schema import TrainConfig
-from tests.small_sets import write_set
 
 CLASSES = 4
 

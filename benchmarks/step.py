@@ -46,7 +46,8 @@ def build_step(case: Case, device: torch.device, batch_size: int) -> Callable[[]
     """One training step with its own network, heads, optimisers and batch, all from the same seed."""
     torch.manual_seed(0)
     is_cuda = device.type == "cuda"
-    model = build_model("wrn_16_4", CLASSES, IMAGE_SIZE, {}).to(device).to(memory_format=torch.channels_last)
+    model = build_model("wrn_16_4", CLASSES, IMAGE_SIZE, {}).to(device)
+    model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     image = torch.randn(batch_size, 3, IMAGE_SIZE, IMAGE_SIZE, device=device).to(memory_format=torch.channels_last)
     label = torch.randint(CLASSES, (batch_size,), device=device)
     words = torch.randint(2**32, (batch_size, DRAWS), device=device)

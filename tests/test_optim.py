@@ -83,7 +83,7 @@ def test_set_lr_reaches_every_group():
 
 
 def test_unknown_names_are_named():
-    with pytest.raises(UserError, match="'adam'.*sgd or adamw"):
+    with pytest.raises(UserError, match=r"'adam'.*sgd or adamw"):
         build_optimizer("adam", Tokens().parameters(), lr=0.1)
-    with pytest.raises(UserError, match="train.schedule is 'cos'"):
+    with pytest.raises(UserError, match=r"train\.schedule is 'cos'"):
         lr_factor("cos", 5, 10, 1)

@@ -80,16 +80,16 @@ def test_one_step_is_the_same_on_two_ranks(folder):
 def test_kill_nine_at_random_moments(folder):
     """Whatever the moment, what lies on the disk is whole; resumed, the run ends with the undisturbed weights."""
     changes = {"run__checkpoint_every": 2, "train__epochs": 3}
+    started = time.monotonic()
     whole = run(command(folder, run__dir=str(folder / "whole"), **changes), folder)
     assert whole.returncode == 0, whole.stderr
-    started = time.monotonic()
-    arguments = command(folder, run__dir=str(folder / "killed"), **changes) + ["--run.resume", "auto"]
-    moments, kills = random.Random(os.environ.get("RLP_KILL_SEED", "0")), 0
-    span = max(3.0, time.monotonic() - started)
+    duration = time.monotonic() - started
+    arguments = [*command(folder, run__dir=str(folder / "killed"), **changes), "--run.resume", "auto"]
+    moments, kills = random.Random(os.environ.get("RLP_KILL_SEED", "0")), 0  # imports take the first part of a run
     for _ in range(20 * KILLS):
         process = subprocess.Popen(arguments, cwd=folder, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
         try:
-            _, stderr = process.communicate(timeout=moments.uniform(0.3, 3.0 * span))
+            _, stderr = process.communicate(timeout=moments.uniform(0.3 * duration, duration))
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.communicate()

@@ -196,8 +196,8 @@ def test_accumulation_equals_the_large_batch(folder):
     large = make_trainer(folder, "large", data__batch_size=40, **changes)
     small = make_trainer(folder, "small", data__batch_size=20, train__accumulate=2, **changes)
     for trainer in (large, small):
-        trainer.forward.eval()
-    images = list(large.data.train.epoch(0))[0]
+        trainer.model.eval()
+    images = next(large.data.train.epoch(0))
     halves = list(small.data.train.epoch(0))[:2]
     large._loss(images).backward()
     for half in halves:

@@ -18,9 +18,15 @@ _MASK = 0xFFFFFFFF
 _ROUNDS = 10
 
 
+_stream_ids: dict[str, int] = {}
+
+
 def stream_id(name: str) -> int:
     """32-bit number of a named stream (CRC-32 of the name), so that streams need no central list."""
-    return zlib.crc32(name.encode())
+    # Remembered because torch.compile can look up a number in a dict, but not trace into zlib.
+    if name not in _stream_ids:
+        _stream_ids[name] = zlib.crc32(name.encode())
+    return _stream_ids[name]
 
 
 def philox4x32(counter: tuple[Array, Array, Array, Array], key: tuple[int, int]) -> tuple[Array, Array, Array, Array]:

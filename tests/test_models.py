@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from rlp.errors import UserError
-from rlp.models import build_model, default_taps
+from rlp.models import backbone, build_model, default_taps
 from rlp.models.backbone import import_timm
 from rlp.models.taps import resolve_taps
 
@@ -134,3 +134,31 @@ def test_rlp_imports_neither_timm_nor_ffcv_nor_triton():
     root = Path(__file__).resolve().parent.parent
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("torch_cuda", "version", "needed"),
+    [
+        (None, "0.28.0+cu130", True),
+        (None, "0.28.0+cpu", False),
+        (None, "0.28.0", False),
+        ("13.0", "0.28.0+cu130", False),
+    ],
+)
+def test_operators_are_declared_for_a_cuda_torchvision_beside_a_cpu_torch_alone(
+    tmp_path, monkeypatch, torch_cuda, version, needed
+):
+    """Another build brings its operators; declared twice, its library would not load."""
+    package = tmp_path / "torchvision"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "version.py").write_text(f"__version__ = '{version}'\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+    assert backbone._torchvision_is_for_cuda_alone() is needed
+
+
+def test_a_torchvision_that_is_imported_needs_nothing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", sys)
+    assert backbone._torchvision_is_for_cuda_alone() is False

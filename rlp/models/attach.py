@@ -57,7 +57,7 @@ def attach(
     Raises:
         UserError: a tap, pooling or number is wrong, or the model needs an ``example``.
     """
-    _check(num_labels, draws, layers, hidden)
+    _check(num_labels, draws, layers, hidden, seed)
     check_pool(pool, "attach")
     inner = _unwrap(model)
     found = resolve_taps(inner, _check_patterns(default_taps(inner) if taps is None else taps))
@@ -81,12 +81,14 @@ def attach(
     return heads
 
 
-def _check(num_labels: int, draws: int, layers: int, hidden: int) -> None:
+def _check(num_labels: int, draws: int, layers: int, hidden: int, seed: int) -> None:
     for name, value, least in (("num_labels", num_labels, 2), ("draws", draws, 1), ("hidden", hidden, 1)):
         if value < least:
             raise UserError(f"{name} is {value}; expected at least {least}")
     if layers not in (1, 2):
         raise UserError(f"layers is {layers}; expected 1 or 2")
+    if not 0 <= seed < 2**64:
+        raise UserError(f"seed is {seed}; expected 0 to 2^64 - 1")
 
 
 def _check_patterns(taps: Sequence[str]) -> Sequence[str]:

@@ -126,6 +126,7 @@ class RandomLabelHeads(nn.Module):
         for mode in MODES:  # sums of loss, of correct, and number of samples
             sums = torch.zeros(len(dims), draws, 3, dtype=torch.float64, device=device)
             self.register_buffer(f"{mode}_sums", sums, persistent=False)
+        random_words(seed, torch.zeros(1, dtype=torch.int64), draws, split)  # so that a compiled step knows the stream
         self._store = store
         self._detach = weakref.finalize(self, _remove, list(handles), store)
         self.last_fit = torch.zeros(len(dims), device=device)

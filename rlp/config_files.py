@@ -74,6 +74,15 @@ _Dumper.add_representer(
 )
 
 
+def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    """Text; with one of YAML's rarer line breaks escaped, which PyYAML would fold into a blank."""
+    style = '"' if re.search("[\x85\u2028\u2029]", text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
 class Entry(NamedTuple):
     """One key of a file: ``section`` and ``name``, its plain value, and where it was written."""
 

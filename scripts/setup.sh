@@ -80,8 +80,8 @@ has_python_headers() {
 missing_packages() { # prints the Debian packages that stand for what is missing
     local debian_python
     debian_python=python$(minor_version "$python")
-    usable_venv || "$python" -c 'import ensurepip, venv' 2>/dev/null || echo "$debian_python-venv"
-    if [[ -x $venv/bin/python ]] && "$venv/bin/python" -c 'import ffcv' 2>/dev/null; then
+    [[ $has_venv ]] || "$python" -c 'import ensurepip, venv' 2>/dev/null || echo "$debian_python-venv"
+    if [[ $has_ffcv ]]; then
         return # built before: nothing is compiled again
     fi
     has_python_headers || echo "$debian_python-dev"
@@ -121,8 +121,10 @@ make_venv() { # the mark comes first and goes last, so that a kill in between is
 
 pip_install() { "$venv/bin/python" -m pip install --constraint constraints.txt "$@"; }
 
-torch_version() {
-    "$venv/bin/python" -c 'from importlib.metadata import version; print(version("torch"))'
+pinned() { sed -n "s/^$1==//p" constraints.txt; } # PACKAGE: prints its version here
+
+installed() { # PACKAGE: prints its version in the environment
+    "$venv/bin/python" -c 'import sys; from importlib.metadata import version; print(version(sys.argv[1]))' "$1"
 }
 
 build_ffcv() { # no cached wheel: it may be linked to libraries that this machine no longer has
@@ -135,26 +137,26 @@ build_ffcv() { # no cached wheel: it may be linked to libraries that this machin
     return "$status"
 }
 
-check_environment() { # PINNED: imports what was installed, and looks that nothing replaced torch
+check_environment() { # imports what was installed, and looks that nothing replaced torch
     local found
-    found=$(torch_version) || return
-    echo "torch $found, pinned $1"
-    [[ ${found%%+*} == "$1" ]] || return
+    found=$(installed torch) || return
+    echo "torch $found is installed, $(pinned torch) is pinned"
+    [[ ${found%%+*} == "$(pinned torch)" ]] || return
     "$venv/bin/python" -c 'import torch, numba, cv2, ffcv, ffcv.fields, fastargs, sklearn, matplotlib, rlp'
 }
 
+ffcv_is_ready() { # the pinned version is there and loads: the libraries that it was compiled against still exist
+    [[ $(installed ffcv) == "$(pinned ffcv)" ]] && "$venv/bin/python" -c 'import ffcv'
+} 2>/dev/null
+
 install_everything() {
-    local pinned
-    pinned=$(sed -n 's/^torch==//p' constraints.txt)
-    usable_venv || stage "a fresh $venv ($("$python" -V))" make_venv
+    [[ $has_venv ]] || stage "a fresh $venv ($("$python" -V))" make_venv
     # Torch goes in alone and first: later packages then find it and have no reason to bring another build.
-    stage "torch $pinned" pip_install torch
+    stage "torch $(pinned torch)" pip_install torch
     stage "build tools" pip_install setuptools wheel
     stage "the pinned packages and this project" pip_install --no-build-isolation --editable '.[train,dev]'
-    if ! "$venv/bin/python" -c 'import ffcv' 2>/dev/null; then
-        stage "FFCV, compiled here" build_ffcv
-    fi
-    stage "check" check_environment "$pinned"
+    [[ $has_ffcv ]] || stage "FFCV, compiled here" build_ffcv
+    stage "check" check_environment
 }
 
 up_to_date && exit 0
@@ -165,6 +167,8 @@ up_to_date && exit 0
 
 : >"$log"
 python=$(choose_python)
+has_venv=$(usable_venv && echo yes || true)
+has_ffcv=$([[ $has_venv ]] && ffcv_is_ready && echo yes || true)
 install_system_packages
 install_everything
 rm -f "$unfinished"

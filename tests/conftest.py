@@ -16,6 +16,13 @@ import torch
 OPTIONAL = ("fastargs", "ffcv", "hypothesis", "matplotlib", "PIL", "sklearn", "timm", "tqdm", "triton", "yaml")
 """Without one of these a file that imports it at its top is left out, and named in the summary."""
 
+if find_spec("hypothesis"):
+    from hypothesis import settings
+
+    # The same examples every time; `--hypothesis-profile default` looks for new ones.
+    settings.register_profile("repeatable", derandomize=True, deadline=None)
+    settings.load_profile("repeatable")
+
 
 def pytest_configure() -> None:
     """One thread, also for tests that run in this process."""

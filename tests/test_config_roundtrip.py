@@ -78,6 +78,7 @@ def nested(flat: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 @in_tmp_path
 @given(settings_strategy(ANY_TEXT))
+@example({"run.dir": "\x85", "run.resume": " a\u2028 ", "model.args": {"\u2029": "\x85b"}})
 @example({"run.dir": "1e-4", "run.resume": "null", "heads.taps": ["yes", "010", "*", " a", "1:30", "<<", "="]})
 @example({"train.lr": 1e-300, "train.weight_decay": 1e22, "model.args": {"no": "no", "": None, "x": 1e16}})
 def test_what_is_written_is_read_back(tmp_path: Path, flat: dict[str, Any]) -> None:

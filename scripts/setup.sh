@@ -166,9 +166,13 @@ flock -n 9 || { printf 'setup: waiting for another set-up in this folder\n' && f
 up_to_date && exit 0
 
 : >"$log"
-python=$(choose_python)
-has_venv=$(usable_venv && echo yes || true)
-has_ffcv=$([[ $has_venv ]] && ffcv_is_ready && echo yes || true)
+has_venv='' has_ffcv=''
+if usable_venv; then
+    has_venv=yes python=$venv/bin/python
+    if ffcv_is_ready; then has_ffcv=yes; fi
+else
+    python=$(choose_python)
+fi
 install_system_packages
 install_everything
 rm -f "$unfinished"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import rlp
 from rlp.distributed import connect
@@ -196,6 +197,29 @@ def test_a_mixed_precision_run_on_each_device(device, dtype):
     # of log 3 = 1.1 at chance; deeper, the two images of a class become alike
     assert all(row.loss < 0.8 for row in rows if row.tap == "block1")
     assert heads.last_fit.isfinite().all()
+
+
+def test_activation_checkpointing():
+    """The blocks run a second time in backward: their hooks fire again, and the gradients are the same."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner: Any = network()
+
+        def forward(self, image: Tensor) -> Tensor:
+            for block in (self.inner.block1, self.inner.block2, self.inner.block3):
+                image = checkpoint(block, image, use_reentrant=False)  # type: ignore[assignment]
+            return self.inner.fc(image.mean((2, 3)))
+
+    plain, model = network(), Checkpointed()
+    expected = gradients(plain, plain, 3.0)
+    heads = rlp.attach(model, ["inner.block1", "inner.block3"], draws=2, example=torch.zeros(1, 3, 8, 8))
+    heads.load_state_dict(rlp.attach(plain, ["block1", "block3"], draws=2).state_dict())
+    image, label, index = data()[0]
+    (F.cross_entropy(model(image), label) + heads.loss(index, lam=3.0)).backward()
+    for parameter, value in zip((*model.parameters(), *heads.parameters()), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, value)
 
 
 def test_evaluation_in_inference_mode():

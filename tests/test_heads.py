@@ -305,6 +305,18 @@ def test_wrong_arguments_of_the_loss_are_named(arguments, message):
         heads.loss(**arguments)
 
 
+def test_a_penalty_that_cannot_reach_the_network_is_an_error():
+    model = network()
+    heads = small_heads(model)
+    with torch.no_grad():
+        model(images())
+    with pytest.raises(UserError, match=r"lam is 1.0, but no tap's features carry a gradient"):
+        heads.loss(INDEX, lam=1.0)
+    model.requires_grad_(False)
+    model(images())
+    heads.loss(INDEX).backward()  # measuring a frozen network is fine
+
+
 def test_features_of_another_size_are_named():
     model = nn.Sequential(nn.Conv2d(3, 2, 1))
     heads = attach(model, ["0@flatten"], example=torch.zeros(1, 3, 4, 4))

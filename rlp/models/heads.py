@@ -153,13 +153,19 @@ class RandomLabelHeads(nn.Module):
             A scalar.
 
         Raises:
-            UserError: the network has not run since the last call, batch sizes differ, or λ is not a number >= 0.
+            UserError: the network has not run since the last call, batch sizes differ, λ is not a number >= 0, or it
+                is above 0 and the features carry no gradient.
         """
         penalty_of = penalty_named(penalty)
         if isinstance(lam, Tensor) or not 0 <= lam < math.inf:
             raise UserError(f"lam is {lam!r}; expected a finite number of at least 0")
         features = self._take_features()
         target = self._targets(index, words, features)
+        if lam and torch.is_grad_enabled() and not any(x.requires_grad for x in features):
+            raise UserError(
+                f"lam is {lam}, but no tap's features carry a gradient, so the penalty cannot reach the network; "
+                "expected a forward pass outside torch.no_grad() of a network that is not frozen"
+            )
         fits, penalties = [], []
         for place, (bank, x) in enumerate(zip(self.banks, features, strict=True)):
             stats = statistics_from_logits(bank(x.detach()), target)

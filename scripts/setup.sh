@@ -33,7 +33,7 @@ stage() { # NAME COMMAND...: one line on the terminal, the rest in the log, whos
 
 supported() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null; }
 
-minor_version() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])'; }
+minor_version() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null; }
 
 choose_python() { # prints the interpreter
     local candidate

@@ -1,4 +1,4 @@
-"""The demo's way, shortened: digits to .beton, training with heads, and what the penalty does to them."""
+"""The demo's way: digits to .beton, training with heads, and what the penalty does to them."""
 
 from pathlib import Path
 from statistics import fmean
@@ -25,10 +25,10 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_demo(folder: Path, name: str, *options: str) -> dict:
-    """Six epochs of configs/digits_cnn.yaml; returns the summary."""
+    """configs/digits_cnn.yaml, evaluated at the end alone; returns the summary."""
     data = ["--data.train", str(folder / "train.beton"), "--data.val", str(folder / "val.beton")]
     demo = ["--config", str(ROOT / "configs" / "digits_cnn.yaml"), "--run.dir", str(folder / name)]
-    short = ["--train.epochs", "6", "--data.loader", "resident", "--run.eval_every", "6"]
+    short = ["--data.loader", "resident", "--run.eval_every", "16"]
     train(parse(TrainConfig, [*demo, *data, *short, *options]), World())
     return read_summary(folder / name)
 
@@ -44,8 +44,8 @@ def test_the_penalty_lowers_the_training_heads_accuracy(digits: Path) -> None:
     """λ = 1 against λ = 0 at the last tap, where most is read, with room for the spread over draws."""
     free = run_demo(digits, "free")
     held = run_demo(digits, "held", "--heads.lam", "1")
-    assert kappa(free, "block3") > 0.06
-    assert kappa(held, "block3") < kappa(free, "block3") - 0.02
+    assert kappa(free, "block3") > 0.1
+    assert kappa(held, "block3") < 0.07
     for summary in (free, held):
         assert summary["final"]["val"]["accuracy"] > 0.9
         assert abs(kappa(summary, "block3", "val")) < 0.03  # leak check

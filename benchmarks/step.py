@@ -112,7 +112,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             f"{1e3 * seconds['median']:.2f} [{1e3 * seconds['low']:.2f}, {1e3 * seconds['high']:.2f}]",
             f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]",
             f"{row['images_per_s']:,.0f}",
-            "" if peak is None else f"{peak / 2**20:,.0f}",
+            "–" if peak is None else f"{peak / 2**20:,.0f}",
         ]
 
     header = ["case", "ms per step", "time / no heads", "images/s", "peak MiB"]
@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     is_cuda = options.device.type == "cuda"
     sizes = {"batch_size": 512, "rounds": 15, "calls": 20, "warmup": 20}
     if not is_cuda:
-        sizes = {"batch_size": 32, "rounds": 7, "calls": 1, "warmup": 1}
+        sizes = {"batch_size": 32, "rounds": 9, "calls": 1, "warmup": 3}
     sizes["rounds"] = options.rounds or sizes["rounds"]
     rows = measure(options.device, **sizes)
     settings = {"dtype": "bfloat16 autocast" if is_cuda else "float32", "threads": torch.get_num_threads(), **sizes}

@@ -30,7 +30,7 @@ LEVELS = (
     ("rlp.kernels",),
     ("rlp.losses", "rlp.data", "rlp.optim", "rlp.meters", "rlp.checkpoint", "rlp.runlog"),
     ("rlp.models",),
-    ("rlp.runfolder", "rlp.trainer", "rlp.build", "rlp.measure"),
+    ("rlp.runfolder", "rlp.evaluate", "rlp.trainer", "rlp.build", "rlp.measure"),
     ("rlp.report",),
     ("train_rlp", "data_prep", "benchmarks", "examples", "tests"),
 )

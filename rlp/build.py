@@ -47,10 +47,16 @@ def build_data(config: TrainConfig, world: World) -> Data:
 def _check_cards(config: TrainConfig, train: Card, val: Card) -> None:
     if train.classes != val.classes:
         raise UserError(f"data.val {config.data.val} has other classes than data.train {config.data.train}")
-    if config.heads.taps and config.heads.draws > train.draws:
+    for path, card in ((config.data.train, train), (config.data.val, val)):
+        if config.heads.taps and config.heads.draws > card.draws:
+            raise UserError(
+                f"heads.draws is {config.heads.draws}, but {path} holds {card.draws} draws; expected at most that "
+                "many, or a file written with a larger words.draws"
+            )
+    if not config.data.image_size and (train.height, train.width) != (val.height, val.width):
         raise UserError(
-            f"heads.draws is {config.heads.draws}, but {config.data.train} holds {train.draws} draws; expected at most "
-            "that many, or a file written with a larger words.draws"
+            f"data.val has images of {val.width}x{val.height} px and data.train of {train.width}x{train.height}; "
+            "expected one size, or data.image_size"
         )
 
 
@@ -89,8 +95,9 @@ def _class_floors(config: TrainConfig, beton: Beton) -> list[float]:
 
 def build_network(config: TrainConfig, card: Card, device: torch.device) -> tuple[nn.Module, RandomLabelHeads | None]:
     """The backbone and, where ``heads.taps`` names any, its heads, on ``device``."""
-    size = config.data.image_size or card.height
-    model = build_model(config.model.name, len(card.classes), size, dict(config.model.args))
+    size = config.data.image_size
+    height, width = (size, size) if size else (card.height, card.width)
+    model = build_model(config.model.name, len(card.classes), min(height, width), dict(config.model.args))
     if config.model.weights:
         load_model_weights(model, Path(config.model.weights))
     model.to(device)
@@ -108,6 +115,6 @@ def build_network(config: TrainConfig, card: Card, device: torch.device) -> tupl
         pool=heads.pool,
         layers=heads.layers,
         hidden=heads.hidden,
-        example=torch.zeros(1, 3, size, size, device=device),
+        example=torch.zeros(1, 3, height, width, device=device),
     )
     return model, attached

@@ -36,6 +36,18 @@ def save_checkpoint(folder: Path, state: dict[str, Any], keep_last: int, best: b
     return path
 
 
+def restore_best(folder: Path, progress: dict[str, Any]) -> None:
+    """Write ``best.pt`` of the checkpoint a run goes on from again: a crash may have come before that second write."""
+    path = checkpoint_path(folder, progress["step"])
+    if progress["best_step"] == progress["step"] and path.is_file():
+        write_atomically(folder / "best.pt", path.read_bytes())
+
+
+def step_of(path: Path) -> int:
+    """Global step of a checkpoint of :func:`list_checkpoints`."""
+    return int(path.stem.removeprefix("step-"))
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints of the folder, oldest first (``best.pt`` left out)."""
     return sorted(folder.glob("step-*.pt"))

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 import os
+import sys
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +65,28 @@ def connect(device: str = "auto") -> Iterator[World]:
         dist.destroy_process_group()
 
 
+@contextmanager
+def prompt_exit() -> Iterator[None]:
+    """Around a script: with several ranks, end the process without the interpreter's shutdown.
+
+    Gloo's threads outlive ``destroy_process_group`` where DDP was used, and now and then abort the shutdown of a rank
+    that has done all its work, which torchrun takes for a failure.
+    """
+    try:
+        yield
+    except SystemExit as stop:
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            raise
+        status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    else:
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return
+        status = 0
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 def group_size() -> int:
     """Ranks in the process group, 1 when there is none."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -89,6 +112,13 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     if group_size() == 1:
         return flag
     return bool(reduce_sum(torch.tensor([int(flag)], device=device)).item())
+
+
+def broadcast_buffers(module: nn.Module) -> None:
+    """Give every rank the buffers (batch-norm statistics) of rank 0, which are the ones that checkpoints hold."""
+    if group_size() > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def average_gradients(module: nn.Module) -> None:

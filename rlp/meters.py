@@ -68,7 +68,7 @@ class FiniteWatch:
         rank, which = next((r, w) for r, row in enumerate(steps.tolist()) for w in _earliest_first(row))
         raise NonFiniteError(
             f"the {self.names[which]} became NaN or infinite at step {int(steps[rank, which]) - 1} on rank {rank}; "
-            "expected finite numbers (lower the learning rate or λ, or use run.resume from an earlier checkpoint)"
+            "expected finite numbers (start again with a lower learning rate or λ)"
         )
 
 

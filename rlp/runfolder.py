@@ -1,48 +1,47 @@
-"""The folder of a run: may it be used, and from which checkpoint does the run go on."""
+"""The folder of a run: may it be used, from which checkpoint does the run go on, and what is removed for that."""
 
 from pathlib import Path
 import shutil
 from typing import Any
 
-from rlp.checkpoint import list_checkpoints, load_checkpoint
+from rlp.checkpoint import list_checkpoints, load_checkpoint, step_of
 from rlp.errors import UserError
+from rlp.runlog import SUMMARY
 
-RUN_ENTRIES = {
-    "config.yaml",
-    "environment.json",
-    "metrics.jsonl",
-    "train.log",
-    "summary.json",
-    "checkpoints",
-    "figures",
-    "tensorboard",
-}
-"""All that a run writes; ``run.overwrite`` removes these names and refuses a folder that holds others."""
+IDENTITY = "environment.json"
+"""Written first and removed never: a folder with files but without this one is no run's, and is left alone."""
 
-# Keys that may differ when a run goes on: they change how fast or how long it runs, not what a step computes.
+RUN_ENTRIES = (SUMMARY, "figures", "tensorboard", "checkpoints", "metrics.jsonl", "train.log", "config.yaml", IDENTITY)
+"""All that a run writes, in the order in which a fresh start removes it: what says "complete" goes first."""
+
+# Keys that may differ when a run goes on; of those that change what is computed, the log says so.
 _FREE_KEYS = {"train.epochs", "data.workers", "data.loader", "data.resident_limit_gb", "data.verify"}
 _FREE_KEYS |= {"data.eval_batch_size", "data.train", "data.val"}
 
 
 def find_resume_point(run_dir: Path, resume: str | None, overwrite: bool) -> dict[str, Any] | None:
-    """The checkpoint a run starts from: its state, or None for a fresh start.
+    """The checkpoint a run starts from: its state, or None for a fresh start. Nothing is written or removed here.
 
-    ``resume="auto"`` takes the newest checkpoint of the folder and starts afresh when there is none; a path names
-    one. Nothing is written or removed here.
+    ``resume="auto"`` takes the newest checkpoint of the folder and starts afresh where a run never came to its first;
+    a path names one, of this folder or for a new one.
 
     Raises:
-        UserError: the folder holds a run and neither resume nor overwrite was asked for, or both were.
+        UserError: the folder is in use and neither resume nor overwrite was asked for, or both were; it is not a
+            run's; or a checkpoint is missing, damaged or of another run.
     """
     if resume is not None and overwrite:
         raise UserError("run.resume and run.overwrite exclude each other; give one of them")
-    if resume is not None and resume != "auto":
-        return load_checkpoint(Path(resume))
+    files = _check_folder(run_dir)
     if resume == "auto":
-        checkpoints = list_checkpoints(run_dir / "checkpoints")
-        return load_checkpoint(checkpoints[-1]) if checkpoints else None
-    if run_dir.exists() and not run_dir.is_dir():
-        raise UserError(f"run.dir {run_dir} is a file; expected a folder")
-    if not overwrite and run_dir.is_dir() and any(run_dir.iterdir()):
+        return _newest(run_dir)
+    if resume is not None:
+        if files and Path(resume).resolve().parent != (run_dir / "checkpoints").resolve():
+            raise UserError(
+                f"run.resume {resume} is not a checkpoint of run.dir {run_dir}, which holds another run; expected one "
+                "of its own, or a new folder"
+            )
+        return load_checkpoint(Path(resume))
+    if files and not overwrite:
         raise UserError(
             f"run.dir {run_dir} is not empty; expected a new folder, --run.resume auto to go on with that run, "
             "or --run.overwrite true to replace it"
@@ -50,37 +49,109 @@ def find_resume_point(run_dir: Path, resume: str | None, overwrite: bool) -> dic
     return None
 
 
-def prepare_run_folder(run_dir: Path, fresh: bool) -> None:
-    """Make the folder; a fresh start removes what an earlier run left, a resumed one only torn temporary files."""
-    strangers = sorted({entry.name for entry in run_dir.glob("*")} - RUN_ENTRIES)
-    strangers = [name for name in strangers if not name.endswith(".tmp")]
-    if fresh and strangers:
+def _check_folder(run_dir: Path) -> bool:
+    """Whether the folder holds a run; an error if it holds anything else."""
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"run.dir {run_dir} is a file; expected a folder")
+    try:
+        names = {path.relative_to(run_dir).parts[0] for path in run_dir.rglob("*") if not path.is_dir()}
+    except OSError as error:
+        raise UserError(f"run.dir {run_dir} cannot be read: {error.strerror}") from error
+    names = {name for name in names if not _is_torn(name)}
+    strangers = sorted(names if IDENTITY not in names else names - set(RUN_ENTRIES))
+    if strangers:
         raise UserError(f"run.dir {run_dir} holds '{strangers[0]}', which no run wrote; expected another folder")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    for entry in RUN_ENTRIES if fresh else ():
-        path = run_dir / entry
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    for torn in [*run_dir.glob(".*.tmp"), *run_dir.glob("checkpoints/.*.tmp")]:
-        torn.unlink()
-    (run_dir / "checkpoints").mkdir(exist_ok=True)
+    return bool(names)
 
 
-def check_same_run(state: dict[str, Any], config: dict[str, Any], data: dict[str, str]) -> None:
+def _is_torn(name: str) -> bool:
+    """What a killed write of one of our files left behind (``rlp.files.write_atomically``)."""
+    return name.endswith(".tmp") and any(name.startswith(f".{entry}.") for entry in RUN_ENTRIES)
+
+
+def _newest(run_dir: Path) -> dict[str, Any] | None:
+    checkpoints = list_checkpoints(run_dir / "checkpoints")
+    if not checkpoints:
+        for name in ("checkpoints/best.pt", SUMMARY):
+            if (run_dir / name).exists():
+                raise UserError(
+                    f"run.dir {run_dir} has {name} but no checkpoint to go on from; name one with --run.resume PATH, "
+                    "or replace the run with --run.overwrite true"
+                )
+        return None
+    try:
+        return load_checkpoint(checkpoints[-1])
+    except UserError as error:
+        before = f"; the one before it is {checkpoints[-2]} (--run.resume PATH)" if len(checkpoints) > 1 else ""
+        raise UserError(f"{error}{before}") from error
+
+
+def prepare_run_folder(run_dir: Path, step: int | None) -> None:
+    """Make the folder and remove what the run to come will write again.
+
+    Args:
+        run_dir: a folder that :func:`find_resume_point` has accepted.
+        step: global step to go on from, whose later checkpoints go; None for a fresh start, where all goes but
+            :data:`IDENTITY`.
+    """
+    try:
+        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (run_dir / SUMMARY).unlink(missing_ok=True)  # where it lies, the run is complete: this one is not
+        if step is None:
+            for name in RUN_ENTRIES[:-1]:
+                _empty(run_dir / name)
+        else:
+            _remove_later(run_dir / "checkpoints", step)
+        torn = [path for path in run_dir.iterdir() if _is_torn(path.name)]
+        for path in [*torn, *(run_dir / "checkpoints").glob(".*.pt.*.tmp")]:
+            path.unlink()
+    except OSError as error:
+        raise UserError(f"run.dir {run_dir} cannot be written: {error.strerror}") from error
+
+
+def _empty(path: Path) -> None:
+    """Remove a file, or the contents of a folder (which may be a link to a larger disk)."""
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    for child in path.iterdir():
+        shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
+
+
+def _remove_later(checkpoints: Path, step: int) -> None:
+    """Of a run that goes back, the checkpoints after ``step``: they would be taken for the newest."""
+    later = [path for path in list_checkpoints(checkpoints) if step_of(path) > step]
+    best = checkpoints / "best.pt"
+    if later and best.exists() and load_checkpoint(best)["progress"]["step"] > step:
+        best.unlink()
+    for path in later:
+        path.unlink()
+
+
+def check_same_run(state: dict[str, Any], config: dict[str, Any], data: dict[str, str]) -> list[str]:
     """Refuse to go on with another experiment: settings that shape a step, and the data's hashes, must agree.
 
     Args:
         state: a checkpoint.
         config: the present configuration, ``{section: {key: value}}``.
         data: sha256 of the present .beton files, ``{"train": ..., "val": ...}``.
+
+    Returns:
+        What differs all the same and changes the result, a sentence each.
     """
+    remarks = []
     for section, keys in config.items():
         for key, value in keys.items():
             name = f"{section}.{key}"
-            if name in _FREE_KEYS or (section == "run" and key != "seed"):
-                continue
             before = state["config"].get(section, {}).get(key)
-            if before != value:
+            if before == value or (section == "run" and key != "seed"):
+                continue
+            if name not in _FREE_KEYS:
                 raise UserError(f"{name} is {value!r}, but the run to resume has {before!r}; expected the same value")
+            if name in ("train.epochs", "data.loader"):
+                effect = "the learning rates to come" if name == "train.epochs" else "the pixels of a set of JPEGs"
+                remarks.append(f"{name} was {before} and is {value}: this changes {effect}")
     for split, digest in data.items():
         if state["data"].get(split) != digest:
             raise UserError(f"data.{split} is not the file that the run to resume was trained on (its hash differs)")
+    return remarks

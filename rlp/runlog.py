@@ -5,6 +5,7 @@ Only the main rank writes or prints; on every other rank each method returns at 
 
 from collections.abc import Iterator
 from datetime import datetime
+import importlib
 import importlib.metadata
 import json
 import math
@@ -39,6 +40,8 @@ class RunLog:
         main: whether this rank writes and prints.
         tensorboard: also write every number to `directory/tensorboard`.
         truncate_after_step: keep the rows up to and including this step; None begins a new file.
+        truncate_after_epoch: of these, drop the epoch rows of later epochs: an epoch whose batches are all done but
+            whose evaluation will be repeated.
         stream: where progress and messages go; None is stderr.
 
     Raises:
@@ -51,6 +54,7 @@ class RunLog:
         main: bool = True,
         tensorboard: bool = False,
         truncate_after_step: int | None = None,
+        truncate_after_epoch: int | None = None,
         stream: TextIO | None = None,
     ) -> None:
         self.directory, self.main = Path(directory), main
@@ -62,7 +66,11 @@ class RunLog:
         self.directory.mkdir(parents=True, exist_ok=True)
         if tensorboard:
             self._board = _open_board(self.directory / "tensorboard", truncate_after_step)
-        kept = [] if truncate_after_step is None else _rows_until(self.directory / METRICS, truncate_after_step)
+        kept = (
+            []
+            if truncate_after_step is None
+            else _rows_until(self.directory / METRICS, truncate_after_step, truncate_after_epoch)
+        )
         write_atomically(self.directory / METRICS, "".join(map(_line, kept)))
         self._metrics = (self.directory / METRICS).open("a", encoding="utf-8")
         self._log = (self.directory / LOG).open("w" if truncate_after_step is None else "a", encoding="utf-8")
@@ -190,6 +198,19 @@ def read_rows(path: str | Path) -> list[Row]:
     return rows if final is None else [*rows, final]
 
 
+def last_epoch_row(directory: str | Path) -> Row:
+    """The newest epoch row of a run.
+
+    Raises:
+        UserError: the run has none.
+    """
+    path = Path(directory) / METRICS
+    rows = [row for row in read_rows(path) if row["kind"] == "epoch"]
+    if not rows:
+        raise UserError(f"{path} holds no epoch; expected the metrics of the resumed run beside its checkpoints")
+    return rows[-1]
+
+
 def write_summary(directory: str | Path, summary: Row) -> Path:
     """Write `summary.json`, the file whose presence says that the run ended; the last file a run writes."""
     text = json.dumps(_plain(summary), indent=2, ensure_ascii=False, allow_nan=False)
@@ -288,8 +309,13 @@ def _parse(line: str) -> Row | None:
     return row if isinstance(row, dict) and "kind" in row and isinstance(row.get("step"), int) else None
 
 
-def _rows_until(path: Path, step: int) -> list[Row]:
-    return [row for row in read_rows(path) if row["step"] <= step] if path.is_file() else []
+def _rows_until(path: Path, step: int, epoch: int | None) -> list[Row]:
+    rows = read_rows(path) if path.is_file() else []
+    return [
+        row
+        for row in rows
+        if row["step"] <= step and (epoch is None or row["kind"] != "epoch" or row["epoch"] <= epoch)
+    ]
 
 
 def _scalars(row: Row) -> Iterator[tuple[str, float]]:
@@ -352,12 +378,19 @@ def _open_bar(stream: TextIO, total: int, initial: int, desc: str) -> Any:
     return tqdm(total=total, initial=initial, desc=desc, file=stream, dynamic_ncols=True, leave=False)
 
 
-def _open_board(directory: Path, truncate_after_step: int | None) -> Any:
+def check_tensorboard() -> None:
+    """Raise a UserError if TensorBoard's writer cannot be imported."""
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        importlib.import_module("torch.utils.tensorboard")
     except ImportError:
         raise UserError(
             "run.tensorboard is true, but the package tensorboard is not installed; install it or set it to false"
         ) from None
+
+
+def _open_board(directory: Path, truncate_after_step: int | None) -> Any:
+    check_tensorboard()
+    from torch.utils.tensorboard import SummaryWriter
+
     purge = None if truncate_after_step is None else truncate_after_step + 1
     return SummaryWriter(str(directory), purge_step=purge)

@@ -24,8 +24,8 @@ from rlp.errors import UserError
 __all__ = ["DataConfig", "HeadsConfig", "ModelConfig", "RunConfig", "TrainConfig", "TrainingConfig"]
 
 _POOL = Check(
-    lambda value: re.fullmatch(r"auto|avg|cls|mean|flatten|adaptive:[1-9][0-9]*", value) is not None,
-    "one of auto, avg, cls, mean, flatten and adaptive:K",
+    lambda value: re.fullmatch(r"auto|avg|avg_last|cls|mean|flatten|adaptive:[1-9][0-9]*", value) is not None,
+    "one of auto, avg, avg_last, cls, mean, flatten and adaptive:K",
 )
 
 
@@ -47,7 +47,12 @@ class RunConfig(Section, name="run"):
     )
     keep_last: int = key(2, "checkpoints kept beside the best", at_least(1))
     tensorboard: bool = key(False, "write TensorBoard events too")
-    eval_every: int = key(1, "epochs between two evaluations; the last epoch is always evaluated", at_least(1))
+    eval_every: int = key(
+        1,
+        "epochs between two readings of the training images in eval mode, also after the last epoch; the test set is "
+        "evaluated after every epoch",
+        at_least(1),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +136,8 @@ class HeadsConfig(Section, name="heads"):
                 f"heads.lam is {self.lam} and heads.lam_over_n is {self.lam_over_n}; expected only one of them "
                 "(heads.lam 0, or heads.lam_over_n null)"
             )
+        if self.weight and not self.taps:
+            raise UserError(f"λ is {self.weight}, but heads.taps is empty; expected taps, or heads.lam 0")
 
     @property
     def weight(self) -> float:

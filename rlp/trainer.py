@@ -1,9 +1,11 @@
 """The training loop: class loss for the backbone, random-label heads beside it, exact resume, honest bookkeeping."""
 
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 import dataclasses
 from pathlib import Path
 import signal
+import threading
 import time
 from typing import Any
 
@@ -17,12 +19,12 @@ from rlp import checkpoint, seeding
 from rlp.data.augment import Augment
 from rlp.data.batch import Batch
 from rlp.data.loader import Loader
-from rlp.distributed import World, any_rank, wait_for_all
-from rlp.errors import UserError
-from rlp.meters import FiniteWatch, Sums
-from rlp.models import RandomLabelHeads
+from rlp.distributed import World, any_rank, broadcast_buffers, wait_for_all
+from rlp.evaluate import evaluate
+from rlp.meters import FiniteWatch, NonFiniteError, Sums
+from rlp.models import RandomLabelHeads, TapMetrics
 from rlp.optim import build_optimizer, lr_factor, parameter_groups, set_lr
-from rlp.runlog import METRICS, RunLog, read_rows
+from rlp.runlog import RunLog, last_epoch_row
 from rlp.schema import TrainConfig
 
 INTERRUPTED = 75
@@ -52,13 +54,16 @@ class Data:
 
 @dataclasses.dataclass
 class Progress:
-    """Where the run stands: ``epoch`` and ``batch`` (within it) to do next, batches done in all, best accuracy."""
+    """Where the run stands: ``epoch`` and ``batch`` (within it) to do next, batches done in all, the best and where."""
 
     epoch: int = 0
     batch: int = 0
     step: int = 0
     best: float = -1.0
-    seconds: float = 0.0
+    best_step: int = -1
+    seconds: float = 0.0  # of work in all, in this epoch, and since the last step row
+    epoch_seconds: float = 0.0
+    window_seconds: float = 0.0
 
 
 class Trainer:
@@ -88,6 +93,7 @@ class Trainer:
             ["class loss", *(f"fit loss at tap {tap}" for tap in taps), "penalty"], world.device, world.rank
         )
         self._terminated = False
+        self._clock = time.monotonic()
 
     def _distribute(self, model: nn.Module) -> nn.Module:
         if self.world.size == 1:
@@ -115,28 +121,46 @@ class Trainer:
             SystemExit: with status :data:`INTERRUPTED` after SIGTERM, a checkpoint saved.
             NonFiniteError: a loss became NaN or infinite.
         """
-        previous = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_terminated", True))
-        try:
+        with _on_sigterm(self._terminate):
             row: dict[str, Any] = {}
             while self.progress.epoch < self.config.train.epochs:
                 row = self._run_epoch()
-            return row or _last_epoch_row(Path(self.config.run.dir))
-        finally:
-            signal.signal(signal.SIGTERM, previous)
+            return row or self._last_epoch_row()
+
+    def _terminate(self) -> None:
+        self._terminated = True
 
     def _run_epoch(self) -> dict[str, Any]:
-        started = time.monotonic()
         progress = self.progress
         self._train_epoch()
-        row = self._epoch_row(time.monotonic() - started)
+        row = self._epoch_row()
         is_best = row["val"]["accuracy"] > progress.best
-        progress.best = max(progress.best, row["val"]["accuracy"])
-        progress.epoch, progress.batch = progress.epoch + 1, 0
-        progress.seconds += row["seconds"]
+        if is_best:
+            progress.best, progress.best_step = row["val"]["accuracy"], progress.step
+        progress.epoch, progress.batch, progress.epoch_seconds = progress.epoch + 1, 0, 0.0
+        self.epoch_sums.reset()
+        if self.heads is not None:
+            self.heads.metrics("online", reset=True)
         # The row first: a crash before the checkpoint repeats the epoch and writes the row again, none is lost.
         self.log.write(row)
-        self._save(is_best)
+        self._save(is_best, any_rank(self._terminated, self.world.device))
         return row
+
+    def _last_epoch_row(self) -> dict[str, Any]:
+        """The row of the last epoch of a run that had already been trained when it was resumed."""
+        row = last_epoch_row(self.config.run.dir)
+        if self.heads is not None and "train_eval" not in row:  # it was not the last epoch when it was trained
+            row["train_eval"], rows = self._evaluate("train")
+            row["heads"] += rows
+        return row
+
+    def _tick(self) -> None:
+        """Add the time since the last call to the run's, the epoch's and the window's."""
+        now = time.monotonic()
+        passed, self._clock = now - self._clock, now
+        self.progress.seconds += passed
+        self.progress.epoch_seconds += passed
+        self.progress.window_seconds += passed
 
     def _train_epoch(self) -> None:
         loader, progress = self.data.train, self.progress
@@ -144,7 +168,9 @@ class Trainer:
         self.distributed.train()
         description = f"epoch {progress.epoch + 1}/{self.config.train.epochs}"
         batches = loader.epoch(progress.epoch, progress.batch)
-        window_start = time.monotonic()
+        self._tick()
+        if progress.batch == 0:
+            progress.window_seconds = 0.0
         with closing(batches), self.log.progress(total, progress.batch, description) as bar:
             for batch in batches:
                 last = progress.batch + 1 == total
@@ -154,18 +180,19 @@ class Trainer:
                 progress.step += 1
                 bar.advance()
                 if progress.step % self.config.run.log_every == 0 or last:
-                    self._log_window(time.monotonic() - window_start)
-                    window_start = time.monotonic()
-                if update and not last:
-                    self._save_if_due()
+                    self._log_window()
+                if update:
+                    self._save_if_due(last)
 
     def _train_batch(self, batch: Batch, update: bool) -> None:
         train = self.config.train
-        first = self.progress.batch % train.accumulate == 0
-        if first:
+        place = self.progress.batch % train.accumulate
+        if place == 0:
             self._set_learning_rates()
+        # The last group of an epoch may be smaller; its gradient is a mean too.
+        group = min(train.accumulate, self.data.train.steps - self.progress.batch + place)
         with self._gradient_sync(update):
-            loss = self._loss(batch) / train.accumulate
+            loss = self._loss(batch) / group
             self.scaler.scale(loss).backward()
         if not update:
             return
@@ -225,11 +252,13 @@ class Trainer:
         for optimizer, peak in zip(self.optimizers, [train.lr, heads.lr], strict=False):
             set_lr(optimizer, peak * factor)
 
-    def _log_window(self, seconds: float) -> None:
+    def _log_window(self) -> None:
         """Read the sums since the last row (the step's only host sync), check for NaN, write a step row."""
         self.watch.check()
         sums = self.window.read()
         self.window.reset()
+        self._tick()  # after reading, which waits for the device
+        seconds, self.progress.window_seconds = self.progress.window_seconds, 0.0
         count = sums.pop("count")
         row = {"kind": "step", "step": self.progress.step, "epoch": self.progress.epoch + 1}
         row |= {name: total / count for name, total in sums.items() if name != "correct"}
@@ -239,70 +268,60 @@ class Trainer:
 
     # -- evaluation ------------------------------------------------------------------------------------------
 
-    def _epoch_row(self, train_seconds: float) -> dict[str, Any]:
-        """The epoch's row: running training metrics, and exact evaluation where ``run.eval_every`` asks for it."""
-        started = time.monotonic()
+    def _epoch_row(self) -> dict[str, Any]:
+        """The epoch's row: running training metrics, and readings in eval mode.
+
+        Nothing is reset here, so that a SIGTERM during evaluation can still save the trained epoch.
+        """
         self.watch.check()
+        broadcast_buffers(self.model)  # after the last step each rank has batch-norm statistics of its own
+        progress, run = self.progress, self.config.run
         sums = self.epoch_sums.read()
-        self.epoch_sums.reset()
         count = sums["count"]
-        progress, config = self.progress, self.config
         row: dict[str, Any] = {"kind": "epoch", "epoch": progress.epoch + 1, "step": progress.step}
         row["train"] = {"loss": sums["class_loss"] / count, "accuracy": sums["correct"] / count, "count": int(count)}
-        rows = self._head_rows("train", "online", self.heads.metrics()) if self.heads else []
-        due = (progress.epoch + 1) % config.run.eval_every == 0 or progress.epoch + 1 == config.train.epochs
-        row["val"], val_rows = self.evaluate("val")
+        online = self.heads.metrics("online", reset=False) if self.heads else []
+        row["val"], val_rows = self._evaluate("val")
+        row["heads"] = self._head_rows("train", "online", online) + val_rows
+        due = (progress.epoch + 1) % run.eval_every == 0 or progress.epoch + 1 == self.config.train.epochs
         if due and self.heads is not None:
-            row["train_eval"], train_rows = self.evaluate("train")
-            rows += train_rows
-        row["heads"] = rows + val_rows
-        row["seconds"] = train_seconds + time.monotonic() - started
+            if any_rank(self._terminated, self.world.device):
+                self._save(best=False, terminated=True)
+            row["train_eval"], train_rows = self._evaluate("train")
+            row["heads"] += train_rows
+        self._tick()
+        row["seconds"] = progress.epoch_seconds
         return row
 
-    @torch.no_grad()
-    def evaluate(self, split: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Loss and accuracy on clean images in eval mode, each sample once on any number of ranks; heads' rows."""
-        self.model.eval()
-        sums = Sums(["loss", "correct", "count"], self.world.device)
-        loader = self.data.evaluation[split]
-        batches = loader.epoch(0)
-        with closing(batches), self.log.progress(loader.steps, 0, f"evaluate {split}") as bar:
-            for batch in batches:
-                image = self.data.augment(batch.image, batch.index, 0, train=False)
-                with self._autocast():
-                    logits = self.model(image).float()
-                    if self.heads is not None:
-                        self.heads.evaluate(words=batch.words[:, : self.heads.draws])
-                loss = F.cross_entropy(logits, batch.label, reduction="sum")
-                sums.add(loss, (logits.argmax(dim=1) == batch.label).sum(), float(len(batch.label)))
-                bar.advance()
-        total = sums.read()
-        count = int(total["count"])
-        metrics = {"loss": total["loss"] / count, "accuracy": total["correct"] / count, "count": count}
-        rows = self._head_rows(split, "eval", self.heads.metrics("eval")) if self.heads else []
-        return metrics, rows
+    def _evaluate(self, split: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        loader, augment = self.data.evaluation[split], self.data.augment
+        metrics, readings = evaluate(
+            self.model, self.heads, loader, augment, self.world, self._autocast, self.log, split
+        )
+        return metrics, self._head_rows(split, "eval", readings)
 
-    def _head_rows(self, split: str, mode: str, metrics: list[Any]) -> list[dict[str, Any]]:
+    def _head_rows(self, split: str, mode: str, readings: Sequence[TapMetrics]) -> list[dict[str, Any]]:
         floors = self.data.floors if split == "train" else [None] * len(self.data.floors)
         return [
-            {"split": split, "mode": mode, **dataclasses.asdict(metric), "floor": floors[metric.draw]}
-            for metric in metrics
+            {"split": split, "mode": mode, **dataclasses.asdict(reading), "floor": floors[reading.draw]}
+            for reading in readings
         ]
 
     # -- checkpoints -----------------------------------------------------------------------------------------
 
-    def _save_if_due(self) -> None:
-        """Save in mid-epoch when a checkpoint is due, or when SIGTERM came; then leave."""
+    def _save_if_due(self, last: bool) -> None:
+        """Save where a checkpoint is due, or when SIGTERM came (then leave); also just before an evaluation."""
         run, step = self.config.run, self.progress.step
-        agree = self.world.size == 1 or step % run.log_every == 0  # ranks must stop at the same step
+        updates = -(-self.progress.batch // self.config.train.accumulate)
+        agree = self.world.size == 1 or last or updates % run.log_every == 0  # ranks must stop at the same step
         terminated = agree and any_rank(self._terminated, self.world.device)
         if terminated or (run.checkpoint_every and step % run.checkpoint_every == 0):
             self._save(best=False, terminated=terminated)
 
-    def _save(self, best: bool, terminated: bool | None = None) -> None:
+    def _save(self, best: bool, terminated: bool) -> None:
         self.watch.check()
-        if terminated is None:
-            terminated = any_rank(self._terminated, self.world.device)
+        self._check_weights()
+        self._tick()
         state = self.state()
         if self.world.is_main:
             path = checkpoint.save_checkpoint(self.checkpoints, state, self.config.run.keep_last, best)
@@ -311,6 +330,16 @@ class Trainer:
         wait_for_all()
         if terminated:
             raise SystemExit(INTERRUPTED)
+
+    def _check_weights(self) -> None:
+        """The watch sees losses, and so each step's result only at the next step; the last one would pass it."""
+        modules = [self.model, *([self.heads] if self.heads else [])]
+        finite = torch.stack([p.detach().isfinite().all() for module in modules for p in module.parameters()]).all()
+        if any_rank(not finite, self.world.device):
+            raise NonFiniteError(
+                f"weights became NaN or infinite by step {self.progress.step - 1}; expected finite numbers "
+                "(start again with a lower learning rate or λ)"
+            )
 
     def state(self) -> dict[str, Any]:
         """Everything an exact resume needs; the same on every rank but for the sums, which rank 0 holds for all."""
@@ -344,6 +373,7 @@ class Trainer:
             optimizer.load_state_dict(saved)
         self.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
+        self._clock = time.monotonic()
         if self.world.is_main:  # the sums hold all ranks' share
             self.window.values.copy_(state["running"]["window"])
             self.epoch_sums.values.copy_(state["running"]["epoch"])
@@ -358,9 +388,14 @@ class Trainer:
             )
 
 
-def _last_epoch_row(run_dir: Path) -> dict[str, Any]:
-    """The row of the last epoch of a run whose training had already ended when it was resumed."""
-    rows = [row for row in read_rows(run_dir / METRICS) if row["kind"] == "epoch"]
-    if not rows:
-        raise UserError(f"{run_dir / METRICS} holds no epoch; expected the metrics of the resumed run beside it")
-    return rows[-1]
+@contextmanager
+def _on_sigterm(action: Callable[[], None]) -> Iterator[None]:
+    """Call ``action`` on SIGTERM meanwhile; outside the main thread, where Python hears no signals, do nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, lambda *_: action())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous if previous is not None else signal.SIG_DFL)

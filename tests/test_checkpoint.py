@@ -1,7 +1,5 @@
 """Checkpoints and the folder of a run: whole or refused, the right ones kept, nothing foreign removed."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -17,7 +15,7 @@ def state(step: int) -> dict:
         "heads": {},
         "optimizers": [],
         "scaler": {},
-        "progress": {"epoch": 0, "batch": step, "step": step, "best": 0.5, "seconds": 1.0},
+        "progress": {"epoch": 0, "batch": step, "step": step, "best": 0.5, "best_step": 0, "seconds": 1.0},
         "random_states": [{"torch": torch.get_rng_state()}],
         "running": {},
         "config": {"train": {"lr": 0.1, "epochs": 3}, "run": {"seed": 0, "dir": "a"}},
@@ -82,6 +80,9 @@ def test_weights_start_a_model(tmp_path):
 def test_a_folder_in_use_is_refused(tmp_path):
     assert find_resume_point(tmp_path / "new", None, overwrite=False) is None
     (tmp_path / "config.yaml").write_text("x")
+    with pytest.raises(UserError, match=r"holds 'config\.yaml', which no run wrote"):
+        find_resume_point(tmp_path, None, overwrite=True)
+    (tmp_path / "environment.json").write_text("{}")
     with pytest.raises(UserError, match=r"run\.resume auto.*run\.overwrite true"):
         find_resume_point(tmp_path, None, overwrite=False)
     with pytest.raises(UserError, match="exclude each other"):
@@ -92,6 +93,7 @@ def test_a_folder_in_use_is_refused(tmp_path):
 
 def test_auto_takes_the_newest_and_starts_afresh_without_one(tmp_path):
     assert find_resume_point(tmp_path, "auto", overwrite=False) is None
+    (tmp_path / "environment.json").write_text("{}")
     for step in (4, 12):
         save_checkpoint(tmp_path / "checkpoints", state(step), keep_last=3, best=False)
     found = find_resume_point(tmp_path, "auto", overwrite=False)
@@ -102,24 +104,44 @@ def test_auto_takes_the_newest_and_starts_afresh_without_one(tmp_path):
 def test_overwriting_removes_a_run_and_nothing_else(tmp_path):
     run = tmp_path / "run"
     save_checkpoint(run / "checkpoints", state(1), keep_last=1, best=True)
+    (run / "environment.json").write_text("{}")
     (run / "metrics.jsonl").write_text("{}\n")
     (run / ".summary.json.x.tmp").write_text("torn")
-    prepare_run_folder(run, fresh=False)
+    (run / ".mine.tmp").write_text("not ours")
+    prepare_run_folder(run, step=1)
     assert list_checkpoints(run / "checkpoints")
-    assert not list(run.glob(".*.tmp"))
-    prepare_run_folder(run, fresh=True)
-    assert [entry.name for entry in run.iterdir()] == ["checkpoints"]
+    assert [path.name for path in run.glob(".*.tmp")] == [".mine.tmp"]
+    with pytest.raises(UserError, match=r"\.mine\.tmp"):
+        find_resume_point(run, None, overwrite=True)
+    (run / ".mine.tmp").unlink()
+    assert find_resume_point(run, None, overwrite=True) is None
+    prepare_run_folder(run, step=None)
+    assert {entry.name for entry in run.iterdir()} == {"checkpoints", "environment.json"}
     assert not list_checkpoints(run / "checkpoints")
-    (run / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match=r"thesis\.tex"):
-        prepare_run_folder(run, fresh=True)
-    assert Path(run / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_folder_that_is_no_runs_is_left_alone(tmp_path):
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "thesis.pdf").write_text("years of work")
+    for resume, overwrite in (("auto", False), (None, True), (None, False)):
+        with pytest.raises(UserError, match="holds 'figures', which no run wrote"):
+            find_resume_point(tmp_path, resume, overwrite)
+
+
+def test_a_linked_checkpoint_folder_is_emptied_and_stays(tmp_path):
+    save_checkpoint(tmp_path / "large_disk", state(1), keep_last=1, best=False)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "large_disk")
+    prepare_run_folder(tmp_path / "run", step=None)
+    assert (tmp_path / "run" / "checkpoints").is_symlink()
+    assert not list_checkpoints(tmp_path / "large_disk")
 
 
 def test_another_experiment_is_not_gone_on_with():
     saved = state(1)
     longer = {"train": {"lr": 0.1, "epochs": 9}, "run": {"seed": 0, "dir": "b"}}
-    check_same_run(saved, longer, {"train": "abc"})
+    assert check_same_run(saved, {**longer, "train": {"lr": 0.1, "epochs": 3}}, {"train": "abc"}) == []
+    assert "train.epochs was 3 and is 9" in check_same_run(saved, longer, {"train": "abc"})[0]
     with pytest.raises(UserError, match=r"train\.lr is 0\.2.*has 0\.1"):
         check_same_run(saved, {**longer, "train": {"lr": 0.2}}, {"train": "abc"})
     with pytest.raises(UserError, match=r"run\.seed"):

@@ -147,8 +147,8 @@ def test_sections_check_themselves_however_they_are_made() -> None:
 
 def test_lambda_is_given_in_one_of_two_ways() -> None:
     assert HeadsConfig().weight == 0.0
-    assert HeadsConfig(lam=2.5).weight == 2.5
-    assert HeadsConfig(lam_over_n=2.5, num_labels=100).weight == 250.0
+    assert HeadsConfig(lam=2.5, taps=("a",)).weight == 2.5
+    assert HeadsConfig(lam_over_n=2.5, num_labels=100, taps=("a",)).weight == 250.0
     assert HeadsConfig(lam_over_n=0.0).weight == 0.0
     with pytest.raises(UserError, match=r"heads\.lam is 1\.0 and heads\.lam_over_n is 0\.5; expected only one"):
         HeadsConfig(lam=1.0, lam_over_n=0.5)

@@ -1,5 +1,8 @@
 """The training loop held to the contracts: λ = 0 changes nothing, resume is exact, no host sync, nothing silent."""
 
+from collections import Counter
+import dataclasses
+import itertools
 from pathlib import Path
 
 import pytest
@@ -96,17 +99,19 @@ def test_resume_is_exact(folder, step, changes):
     state, other = whole.state(), resumed.state()
     for key in ("model", "heads", "optimizers", "random_states"):
         assert_same_tensors(state[key], other[key], key)
+    assert drop_seconds(state["progress"]) == drop_seconds(other["progress"])
     assert drop_seconds(row) == drop_seconds(expected)
 
 
 def drop_seconds(row: dict) -> dict:
-    return {key: value for key, value in row.items() if key != "seconds"}
+    return {key: value for key, value in row.items() if "seconds" not in key}
 
 
 def test_a_resumed_script_leaves_the_same_log(folder):
     """Through the script: every row once, summary last, both as in the undisturbed run."""
     train(tiny_config(folder, run__dir=str(folder / "whole")), World())
-    config = tiny_config(folder, run__dir=str(folder / "again"), run__checkpoint_every=3)
+    again = {"run__dir": str(folder / "again"), "run__checkpoint_every": 7}  # in the middle of a logging window
+    config = tiny_config(folder, **again)
     original = Trainer._train_batch
 
     def dies_once(self, batch, update):
@@ -119,7 +124,7 @@ def test_a_resumed_script_leaves_the_same_log(folder):
         with pytest.raises(Stopped):
             train(config, World())
     assert not (folder / "again" / "summary.json").exists()
-    train(tiny_config(folder, run__dir=str(folder / "again"), run__resume="auto", run__checkpoint_every=3), World())
+    train(tiny_config(folder, run__resume="auto", **again), World())
     rows = [[without_times(row) for row in read_rows(folder / d / "metrics.jsonl")] for d in ("whole", "again")]
     assert rows[0] == rows[1]
     summaries = [without_times(read_summary(folder / d)["final"]) for d in ("whole", "again")]
@@ -152,6 +157,25 @@ def test_a_step_never_waits_for_the_host(folder, changes):
         trainer._train_batch(next(batches), True)
         with pytest.raises(AssertionError, match="host sync"):
             trainer.window.values.sum().item()
+
+
+def test_an_epoch_reads_tensors_only_where_it_logs(folder):
+    """Contract 10 again, for what the mode above cannot see on the CPU: .tolist(), .cpu(), .numpy() and the like."""
+    trainer = make_trainer(folder, "run", heads__optimizer="sgd", run__log_every=1000)
+    logged = []
+    trainer._log_window = lambda: logged.append(trainer.progress.step)  # type: ignore[method-assign]
+
+    def refuse(name):
+        def method(*_, **__):
+            raise AssertionError(f"host sync in the step: Tensor.{name}")
+
+        return method
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"):
+            patch.setattr(torch.Tensor, name, refuse(name))
+        trainer._train_epoch()
+    assert logged == [5]
 
 
 def test_nan_stops_naming_step_rank_and_tap(folder):
@@ -191,20 +215,74 @@ def test_sigterm_saves_and_leaves_with_its_own_status(folder):
 
 
 def test_accumulation_equals_the_large_batch(folder):
-    """Two batches of 20 accumulated give the gradient of one batch of 40 (no batch norm or dropout in between)."""
+    """Two batches of 20 make the step of one batch of 40, also as an epoch's smaller last group (no batch norm)."""
     changes = {"data__flip": False, "data__crop_padding": 0, "train__epochs": 1, "heads__lam": 1.0}
+    changes |= {"model__args": {"norm": False}, "train__schedule": "constant", "train__warmup_epochs": 0}
     large = make_trainer(folder, "large", data__batch_size=40, **changes)
+    large._train_batch(next(large.data.train.epoch(0)), True)
     small = make_trainer(folder, "small", data__batch_size=20, train__accumulate=2, **changes)
-    for trainer in (large, small):
-        trainer.model.eval()
-    images = next(large.data.train.epoch(0))
-    halves = list(small.data.train.epoch(0))[:2]
-    large._loss(images).backward()
-    for half in halves:
-        (small._loss(half) / 2).backward()
-    for a, b in zip(large.model.parameters(), small.model.parameters(), strict=True):
-        assert a.grad is not None
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+    for batch, update in zip(small.data.train.epoch(0), (False, True), strict=False):
+        small._train_batch(batch, update)
+        small.progress.batch += 1
+    # Five batches: the group of four, and the fifth alone, whose gradient counts in full.
+    rest = make_trainer(folder, "rest", data__batch_size=20, train__accumulate=4, **changes)
+    rest.progress.batch = 4
+    rest._train_batch(next(rest.data.train.epoch(0)), True)
+    alone = make_trainer(folder, "alone", data__batch_size=20, **changes)
+    alone._train_batch(next(alone.data.train.epoch(0)), True)
+    for one, other in ((large, small), (rest, alone)):
+        for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_order_and_augmentation_follow_the_epoch(folder):
+    """Contract 7 in the loop: each epoch has its own order and its own augmentation, in training alone."""
+    trainer = make_trainer(folder, "run")
+    seen = []
+    load, augment = trainer.data.train.epoch, trainer.data.augment
+
+    def epoch(number, start=0):
+        seen.append(("order", number))
+        return load(number, start)
+
+    def spy(image, index, number, train):
+        seen.append(("augment", number) if train else ("clean", number))
+        return augment(image, index, number, train)
+
+    trainer.data.train.epoch = epoch  # type: ignore[method-assign]
+    trainer.data = dataclasses.replace(trainer.data, augment=spy)  # type: ignore[arg-type]
+    trainer.fit()
+    expected = [("order", 0), ("augment", 0), ("clean", 0), ("order", 1), ("augment", 1), ("clean", 0)]
+    assert [key for key, _ in itertools.groupby(seen)] == expected
+
+
+def test_lambda_over_n_is_lambda(folder):
+    """λ/n = 0.25 with n = 4 trains to the bit like λ = 1."""
+    states = []
+    for name, changes in (("a", {"heads__lam": 1.0}), ("b", {"heads__lam_over_n": 0.25})):
+        trainer = make_trainer(folder, name, **changes)
+        trainer.fit()
+        states.append(trainer.model.state_dict())
+    assert_same_tensors(*states)
+
+
+def test_the_floor_is_that_of_members_with_their_given_labels(folder):
+    trainer = make_trainer(folder, "run", data__label_noise=0.4, data__member_fraction=0.7)
+    batches = list(trainer.data.evaluation["train"].epoch(0))
+    label, words = (torch.cat([getattr(b, name) for b in batches]) for name in ("label", "words"))
+    assert len(label) < 100
+    for draw, floor in enumerate(trainer.data.floors):
+        pairs = Counter(zip(label.tolist(), (words[:, draw] * 4 >> 32).tolist(), strict=True))
+        best = [max((n for (c, _), n in pairs.items() if c == given), default=0) for given in range(4)]
+        assert floor == pytest.approx(sum(best) / len(label))
+
+
+def test_heads_learn_the_labels_they_are_read_on(folder):
+    """Fitting and reading use the same words: with one wide tap and time, κ on the training images is far from 0."""
+    changes = {"heads__taps": ["block1@flatten"], "heads__lr": 1e-2, "train__epochs": 12, "data__flip": False}
+    row = make_trainer(folder, "run", data__crop_padding=0, train__schedule="constant", **changes).fit()
+    kappas = [head["kappa"] for head in row["heads"] if (head["split"], head["mode"]) == ("train", "eval")]
+    assert min(kappas) > 0.3
 
 
 def test_the_epoch_row_counts_each_sample_once_and_val_heads_stay_at_chance(folder):

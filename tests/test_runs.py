@@ -3,6 +3,7 @@
 ``RLP_KILLS=20`` repeats the killing that often (4 by default, to keep the suite short).
 """
 
+from contextlib import nullcontext
 import json
 import os
 from pathlib import Path
@@ -13,8 +14,13 @@ import sys
 import time
 
 import pytest
-from tiny_run import assert_same_tensors, final_state, tiny_settings, write_tiny_sets
+from tiny_run import assert_same_tensors, final_state, tiny_config, tiny_settings, write_tiny_sets
 import yaml
+
+from rlp.build import build_data, build_network
+from rlp.distributed import World
+from rlp.evaluate import evaluate
+from rlp.runlog import RunLog
 
 ROOT = Path(__file__).parent.parent
 KILLS = int(os.environ.get("RLP_KILLS", "4"))
@@ -57,6 +63,46 @@ def test_two_ranks_count_and_learn_as_one(folder):
     counts = [[head["count"] for head in s["final"]["heads"]] for s in (one, two)]
     assert counts[0] == counts[1]
     assert one["steps"] == two["steps"]
+
+
+def test_two_ranks_evaluate_the_network_that_they_save(folder):
+    """Batch norm's statistics differ between ranks after a step: read and saved are those of rank 0."""
+    result = run(command(folder, 2, run__dir=str(folder / "two")), folder)
+    assert result.returncode == 0, result.stderr
+    saved = final_state(folder / "two")
+    config = tiny_config(folder)
+    data = build_data(config, World())
+    model, heads = build_network(config, data.train.card, World().device)
+    model.load_state_dict(saved["model"])
+    assert heads is not None
+    heads.load_state_dict(saved["heads"])
+    log = RunLog(folder / "log")
+    loader = data.evaluation["val"]
+    metrics, _ = evaluate(model, heads, loader, data.augment, World(), nullcontext, log, "val")
+    assert metrics["loss"] == pytest.approx(summary(folder / "two")["final"]["val"]["loss"], rel=1e-5)
+
+
+def test_two_ranks_killed_end_as_undisturbed(folder):
+    """Each rank gets its own random state back: dropout goes on as if nothing had happened, to the bit."""
+    changes = {"run__checkpoint_every": 1, "train__epochs": 3, "model__args": {"dropout": 0.5}}
+    started = time.monotonic()
+    whole = run(command(folder, 2, run__dir=str(folder / "whole"), **changes), folder)
+    duration = time.monotonic() - started
+    assert whole.returncode == 0, whole.stderr
+    arguments = [*command(folder, 2, run__dir=str(folder / "killed"), **changes), "--run.resume", "auto"]
+    process = subprocess.Popen(
+        arguments, cwd=folder, env=ENVIRONMENT, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    while not list(folder.glob("killed/checkpoints/step-*.pt")):
+        time.sleep(0.01)
+        assert time.monotonic() - started < 10 * duration
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (folder / "killed" / "summary.json").exists()
+    last = run(arguments, folder)
+    assert last.returncode == 0, last.stderr
+    assert "resumed at step" in last.stderr
+    assert_ended_alike(folder / "whole", folder / "killed")
 
 
 def test_one_step_is_the_same_on_two_ranks(folder):

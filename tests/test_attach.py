@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import rlp
-from rlp.distributed import connect
+from rlp.distributed import connect, prompt_exit
 from rlp.models import build_model
 
 RANKS, BATCH, STEPS = 2, 8, 3
@@ -261,7 +261,7 @@ def work(rank: int, port: int, folder: str) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    with connect("cpu"):
+    with prompt_exit(), connect("cpu"):
         for wrap_first in (True, False):
             torch.save(train(rank, RANKS, wrap_first), Path(folder) / f"{rank}-{wrap_first}.pt")
 

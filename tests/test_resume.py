@@ -291,3 +291,14 @@ def test_time_before_a_resume_counts(folder):
     assert row["seconds"] >= 300
     assert second.progress.seconds >= 500
     assert second.progress.epoch_seconds < 100  # of the next epoch
+
+
+def test_the_best_of_before_a_resume_is_remembered(folder):
+    dies(folder, 7)
+    saved = final_state(folder / "run")
+    saved["progress"] |= {"best": 2.0, "best_step": 1}
+    trainer = make_trainer(folder, "again")
+    trainer.load_state(saved)
+    trainer.fit()
+    assert (trainer.progress.best, trainer.progress.best_step) == (2.0, 1)
+    assert "best.pt" not in checkpoints(folder / "again")

@@ -24,6 +24,7 @@ from rlp.evaluate import evaluate
 from rlp.meters import FiniteWatch, NonFiniteError, Sums
 from rlp.models import RandomLabelHeads, TapMetrics
 from rlp.optim import build_optimizer, lr_factor, parameter_groups, set_lr
+from rlp.progress import Progress
 from rlp.runlog import RunLog, last_epoch_row
 from rlp.schema import TrainConfig
 
@@ -50,20 +51,6 @@ class Data:
         """Free what the loaders hold."""
         for loader in (self.train, *self.evaluation.values()):
             loader.close()
-
-
-@dataclasses.dataclass
-class Progress:
-    """Where the run stands: ``epoch`` and ``batch`` (within it) to do next, batches done in all, the best and where."""
-
-    epoch: int = 0
-    batch: int = 0
-    step: int = 0
-    best: float = -1.0
-    best_step: int = -1
-    seconds: float = 0.0  # of work in all, in this epoch, and since the last step row
-    epoch_seconds: float = 0.0
-    window_seconds: float = 0.0
 
 
 class Trainer:
@@ -157,10 +144,8 @@ class Trainer:
     def _tick(self) -> None:
         """Add the time since the last call to the run's, the epoch's and the window's."""
         now = time.monotonic()
-        passed, self._clock = now - self._clock, now
-        self.progress.seconds += passed
-        self.progress.epoch_seconds += passed
-        self.progress.window_seconds += passed
+        self.progress.add_time(now - self._clock)
+        self._clock = now
 
     def _train_epoch(self) -> None:
         loader, progress = self.data.train, self.progress

@@ -28,9 +28,9 @@ LEVELS = (
         "rlp.kernels.reference",
     ),
     ("rlp.kernels",),
-    ("rlp.losses", "rlp.data", "rlp.optim", "rlp.meters", "rlp.checkpoint", "rlp.runlog"),
+    ("rlp.losses", "rlp.data", "rlp.optim", "rlp.meters", "rlp.checkpoint", "rlp.progress", "rlp.runlog"),
     ("rlp.models",),
-    ("rlp.runfolder", "rlp.evaluate", "rlp.trainer", "rlp.build", "rlp.measure"),
+    ("rlp.runfolder", "rlp.evaluate", "rlp.trainer", "rlp.build"),
     ("rlp.report",),
     ("train_rlp", "data_prep", "benchmarks", "examples", "tests"),
 )

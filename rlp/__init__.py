@@ -6,8 +6,9 @@ from rlp.errors import UserError
 
 if TYPE_CHECKING:
     from rlp.models import RandomLabelHeads, attach
+    from rlp.models.backbone import import_timm
 
-__all__ = ["RandomLabelHeads", "UserError", "attach"]
+__all__ = ["RandomLabelHeads", "UserError", "attach", "import_timm"]
 __version__ = "0.1.0"
 
 
@@ -18,4 +19,8 @@ def __getattr__(name: str) -> Any:
         from rlp import models
 
         return getattr(models, name)
+    if name == "import_timm":
+        from rlp.models.backbone import import_timm
+
+        return import_timm
     raise AttributeError(f"module 'rlp' has no attribute '{name}'")

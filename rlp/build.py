@@ -53,6 +53,12 @@ def _check_cards(config: TrainConfig, train: Card, val: Card) -> None:
                 f"heads.draws is {config.heads.draws}, but {path} holds {card.draws} draws; expected at most that "
                 "many, or a file written with a larger words.draws"
             )
+    for key, card in (("data.train", train), ("data.val", val)):
+        if not config.data.image_size and not card.height:
+            raise UserError(
+                f"{key} has images of differing sizes, up to {card.max_width}x{card.max_height} px; set data.image_size, "
+                "or write it with image.size"
+            )
     if not config.data.image_size and (train.height, train.width) != (val.height, val.width):
         raise UserError(
             f"data.val has images of {val.width}x{val.height} px and data.train of {train.width}x{train.height}; "

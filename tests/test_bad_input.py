@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 import pytest
-from tiny_run import tiny_settings, write_tiny_sets
+from small_sets import write_set
+from tiny_run import CLASSES, tiny_settings, write_tiny_sets
 import torch
 import yaml
 
@@ -94,6 +95,12 @@ def other_data(folder: Path) -> list[str]:
     return ["--run.resume", "auto"]
 
 
+def sizes_that_differ(folder: Path) -> list[str]:
+    images = [np.full((16 + i % 2, 16, 3), i, np.uint8) for i in range(100)]
+    write_set(folder / "train.beton", images, CLASSES)
+    return []
+
+
 def other_classes(folder: Path) -> list[str]:
     path = card_path(folder / "val.beton")
     card = json.loads(path.read_text())
@@ -141,6 +148,7 @@ TRAIN: dict[str, tuple[Spoil, str]] = {
     "header damaged": (edit_file("train.beton", lambda c: c.__setitem__(2, 99)), r"train\.beton"),
     "pixel damaged": (edit_file("train.beton", lambda c: c.__setitem__(-20_000, c[-20_000] ^ 1)), r"damaged"),
     "other file's card": (lambda f: [str(shutil.copy(f / "val.json", f / "train.json"))][:0], r"train\.beton"),
+    "sizes differ": (sizes_that_differ, r"data\.train .*up to 16x17 px.*data\.image_size"),
     "classes differ": (other_classes, r"data\.val .* other classes than data\.train"),
     "batch larger than the set": (add("--data.batch_size", "101"), r"data\.batch_size is 101"),
     "no member left": (add("--data.member_fraction", "0.0001"), r"data\.(member_fraction|batch_size)"),
@@ -148,6 +156,7 @@ TRAIN: dict[str, tuple[Spoil, str]] = {
     # model and heads
     "unknown model": (add("--model.name", "smal_cnn"), r"smal_cnn.*small_cnn"),
     "unknown model argument": (add("--model.args.droput", "0.1"), r"model\.args.*droput"),
+    "classes in the model's arguments": (add("--model.args.num_classes", "7"), r"model\.args has 'num_classes'"),
     "unknown tap": (add("--heads.taps", "blocks1"), r"blocks1.*block1"),
     "unknown pooling": (add("--heads.pool", "median"), r"median"),
     "weights of another model": (weights_of_another_model, r"model\.weights.*w\.pt"),

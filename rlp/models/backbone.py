@@ -40,6 +40,8 @@ def build_model(name: str, num_classes: int, image_size: int, args: dict[str, An
         UserError: no model has that name (near names are listed), or an argument is unknown or of a wrong kind.
     """
     args = dict(args or {})
+    if "num_classes" in args:
+        raise UserError("model.args has 'num_classes', which comes from the data; expected it to be left out")
     if match := _WRN.fullmatch(name):
         depth, width = int(match[1]), int(match[2])
         if depth < 10 or (depth - 4) % 6 or not width:

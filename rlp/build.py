@@ -56,8 +56,8 @@ def _check_cards(config: TrainConfig, train: Card, val: Card) -> None:
     for key, card in (("data.train", train), ("data.val", val)):
         if not config.data.image_size and not card.height:
             raise UserError(
-                f"{key} has images of differing sizes, up to {card.max_width}x{card.max_height} px; set data.image_size, "
-                "or write it with image.size"
+                f"{key} has images of differing sizes, up to {card.max_width}x{card.max_height} px; set "
+                "data.image_size, or write it with image.size"
             )
     if not config.data.image_size and (train.height, train.width) != (val.height, val.width):
         raise UserError(

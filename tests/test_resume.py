@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 from small_sets import write_set
-from test_trainer import Stopped, make_trainer, stop_at, without_times
+from test_trainer import Stopped, dies_at, make_trainer, stop_at, without_times
 from tiny_run import CLASSES, final_state, striped_images, tiny_config, write_tiny_sets
 
 from rlp import checkpoint
@@ -36,17 +36,7 @@ def run(folder: Path, **changes) -> Path:
 
 def dies(folder: Path, step: int, **changes) -> None:
     """A run that is cut off just before batch ``step``."""
-    original = Trainer._train_batch
-
-    def train_batch(self, batch, update):
-        if self.progress.step == step:
-            raise Stopped
-        original(self, batch, update)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_train_batch", train_batch)
-        with pytest.raises(Stopped):
-            run(folder, **changes)
+    dies_at(step, tiny_config(folder, **changes))
 
 
 def epochs(run_dir: Path) -> list[int]:

@@ -15,6 +15,7 @@ from rlp.build import build_data, build_network
 from rlp.distributed import World
 from rlp.meters import NonFiniteError
 from rlp.runlog import RunLog, read_rows, read_summary
+from rlp.schema import TrainConfig
 from rlp.trainer import INTERRUPTED, Trainer
 from train_rlp import train
 
@@ -38,6 +39,21 @@ def make_trainer(folder: Path, name: str, **changes) -> Trainer:
 
 class Stopped(Exception):
     """Stands for a crash: raised out of the step, nothing gets the chance to tidy up."""
+
+
+def dies_at(step: int, config: TrainConfig) -> None:
+    """A run of the script that is cut off just before batch ``step``."""
+    original = Trainer._train_batch
+
+    def train_batch(self, batch, update):
+        if self.progress.step == step:
+            raise Stopped
+        original(self, batch, update)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_train_batch", train_batch)
+        with pytest.raises(Stopped):
+            train(config, World())
 
 
 def stop_at(trainer: Trainer, step: int) -> None:
@@ -112,17 +128,7 @@ def test_a_resumed_script_leaves_the_same_log(folder):
     train(tiny_config(folder, run__dir=str(folder / "whole")), World())
     again = {"run__dir": str(folder / "again"), "run__checkpoint_every": 7}  # in the middle of a logging window
     config = tiny_config(folder, **again)
-    original = Trainer._train_batch
-
-    def dies_once(self, batch, update):
-        if self.progress.step == 8:
-            raise Stopped
-        original(self, batch, update)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_train_batch", dies_once)
-        with pytest.raises(Stopped):
-            train(config, World())
+    dies_at(8, config)
     assert not (folder / "again" / "summary.json").exists()
     train(tiny_config(folder, run__resume="auto", **again), World())
     rows = [[without_times(row) for row in read_rows(folder / d / "metrics.jsonl")] for d in ("whole", "again")]

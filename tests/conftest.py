@@ -13,6 +13,9 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # Triton's kernels run in its interpreter, which must be chosen before its import
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 OPTIONAL = ("fastargs", "ffcv", "hypothesis", "matplotlib", "PIL", "sklearn", "timm", "tqdm", "triton", "yaml")
 """Without one of these a file that imports it at its top is left out, and named in the summary."""
 

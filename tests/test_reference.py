@@ -27,14 +27,17 @@ def test_statistics_are_what_their_names_say(seed, batch, heads, n, dim):
     """Against Python's loops and log_softmax, on ragged shapes."""
     x, weight, bias, target = random_case(seed, batch, heads, n, dim)
     stats = statistics(x, weight, bias, target)
-    assert all(part.shape == (batch, heads) for part in stats)
+    assert stats.entropy_rest is None
+    assert all(part.shape == (batch, heads) for part in stats[:4])
     for b in range(batch):
         for h in range(heads):
             logits = torch.stack([(x[b] * weight[h, j]).sum() + bias[h, j] for j in range(n)])
             t = int(target[b, h])
             rest = torch.cat([logits[:t], logits[t + 1 :]])
             expected = [logits[t], rest.exp().sum().log(), logits.mean(), max(rest.tolist())]
-            torch.testing.assert_close([part[b, h] for part in stats], [torch.as_tensor(e).double() for e in expected])
+            torch.testing.assert_close(
+                [part[b, h] for part in stats[:4]], [torch.as_tensor(e).double() for e in expected]
+            )
             log_p = F.log_softmax(logits, dim=0)[t]
             total = torch.logaddexp(stats.z_t[b, h], stats.lse_rest[b, h])
             torch.testing.assert_close(stats.z_t[b, h] - total, log_p)
@@ -52,7 +55,7 @@ def test_features_of_their_own_for_each_head():
 def test_two_labels_leave_one_in_the_rest():
     logits = torch.tensor([[[3.0, -2.0]]])
     stats = statistics_from_logits(logits, torch.tensor([[1]]))
-    assert [part.item() for part in stats] == [-2.0, 3.0, 0.5, 3.0]
+    assert [part.item() for part in stats[:4]] == [-2.0, 3.0, 0.5, 3.0]
 
 
 def test_one_label_is_refused():
@@ -65,7 +68,7 @@ def test_half_precision_is_raised_before_any_sum(dtype):
     logits = torch.randn(4, 3, 1000, generator=torch.Generator().manual_seed(0)).to(dtype)
     target = torch.randint(1000, (4, 3), generator=torch.Generator().manual_seed(1))
     low, exact = statistics_from_logits(logits, target), statistics_from_logits(logits.double(), target)
-    for part, reference in zip(low, exact, strict=True):
+    for part, reference in zip(low[:4], exact[:4], strict=True):
         assert part.dtype == torch.float32
         torch.testing.assert_close(part.double(), reference, rtol=1e-6, atol=1e-6)
 
@@ -85,5 +88,5 @@ def test_a_row_does_not_depend_on_its_neighbours():
     x, weight, bias, target = random_case(3, 11, 3, 6, 5)
     order = torch.randperm(11, generator=torch.Generator().manual_seed(0))
     whole, permuted = statistics(x, weight, bias, target), statistics(x[order], weight, bias, target[order])
-    for a, b in zip(whole, permuted, strict=True):
+    for a, b in zip(whole[:4], permuted[:4], strict=True):
         torch.testing.assert_close(a[order], b, rtol=0, atol=1e-14)

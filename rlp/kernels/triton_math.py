@@ -1,0 +1,22 @@
+"""The formulas that all Triton kernels share; the mathematics is in docs/kernels.md.
+
+With ``r_j = exp(z_j - lse_rest)`` for j other than the label t, and ``1 - p = sigmoid(lse_rest - z_t)``.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def logit_gradient_to_weight(z, is_label, z_t, lse_rest):
+    """``(1 - p)(r_j - [j = t])``: of ``-log p``, for each row, without the upstream gradient of the mean."""
+    wrong = 1 / (1 + tl.exp(z_t - lse_rest))
+    return wrong * tl.where(is_label, -1.0, tl.exp(z - lse_rest))
+
+
+@triton.jit
+def logit_gradient_to_features(z, is_label, lse_rest, entropy_rest, g_z_t, g_lse_rest, g_z_mean, g_entropy_rest):
+    """``r_j (g_lse - g_h (log r_j + h)) + [j = t] g_t + g_mean``, where `g_z_mean` is already divided by n."""
+    log_r = z - lse_rest
+    others = tl.exp(log_r) * (g_lse_rest - g_entropy_rest * (log_r + entropy_rest))
+    return tl.where(is_label, g_z_t, others) + g_z_mean

@@ -1,0 +1,144 @@
+"""Random problems of the random-label loss, and its outputs and gradients by any path, for comparison."""
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from rlp.kernels import ops, reference
+from rlp.kernels.loss import MEMORY_BUDGET, product_dtype
+from rlp.kernels.problem import sort_by_class
+from rlp.kernels.reference import RandomLabelLoss, Statistics
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs of the loss, and the weights with which its outputs are summed up to one number."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    target: Tensor
+    classes: Tensor | None
+    entropy: bool
+    fit_to_features: bool
+    pull: Tensor  # [6, B, H]: row 0 for the fit loss, the others for the statistics
+
+    def to(self, dtype: torch.dtype, device: str | torch.device = "cpu") -> Self:
+        """The same problem in another type or on another device."""
+
+        def move(tensor: Tensor | None) -> Tensor | None:
+            if tensor is None:
+                return None
+            return tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
+
+        return replace(self, **{name: move(part) for name, part in vars(self).items() if isinstance(part, Tensor)})
+
+
+def random_case(
+    seed: int,
+    batch: int,
+    heads: int,
+    n: int,
+    dim: int,
+    classes: int | None = None,
+    own_features: bool = False,
+    has_bias: bool = True,
+    entropy: bool = False,
+    fit_to_features: bool = False,
+    scale: float = 1.0,
+) -> Case:
+    """A problem in float64; logits have a spread of about `scale`."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    own = (heads,) if classes is None else (heads, classes)
+    return Case(
+        x=normal(batch, heads, dim) if own_features else normal(batch, dim),
+        weight=normal(*own, n, dim) * scale / dim**0.5,
+        bias=normal(*own, n) if has_bias else None,
+        target=torch.randint(n, (batch, heads), generator=generator),
+        classes=None if classes is None else torch.randint(classes, (batch,), generator=generator),
+        entropy=entropy,
+        fit_to_features=fit_to_features,
+        pull=normal(6, batch, heads),
+    )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Fit loss, statistics and gradients."""
+
+    fit: Tensor
+    stats: Statistics
+    dx: Tensor | None
+    dweight: Tensor | None
+    dbias: Tensor | None
+
+    def named(self) -> dict[str, Tensor]:
+        """What there is, by name."""
+        parts = {"fit": self.fit, **self.stats._asdict(), "dx": self.dx, "dweight": self.dweight, "dbias": self.dbias}
+        return {name: part for name, part in parts.items() if part is not None}
+
+
+def by_reference(case: Case, routes: str = "wx") -> Outcome:
+    """The oracle's, in the case's own type."""
+
+    def call(x: Tensor, weight: Tensor, bias: Tensor | None) -> RandomLabelLoss:
+        return reference.random_label_loss(
+            x, weight, bias, case.target, case.classes, case.entropy, case.fit_to_features
+        )
+
+    return _outcome(case, call, routes)
+
+
+def by_path(case: Case, path: str, triton: bool, budget: int = MEMORY_BUDGET, routes: str = "wx") -> Outcome:
+    """Of one path, called past the choice of paths; `routes` holds "w" for the weights', "x" for the features'."""
+
+    def call(x: Tensor, weight: Tensor, bias: Tensor | None) -> RandomLabelLoss:
+        order = [] if case.classes is None else list(sort_by_class(case.classes, weight.shape[1]))
+        outputs = ops.random_label_loss(
+            x, weight, bias, case.target, order, path, product_dtype(x, weight), case.entropy,
+            "w" in routes, "x" in routes, case.fit_to_features, budget, triton,
+        )  # fmt: skip
+        return RandomLabelLoss(*ops.unpack(outputs, case.entropy)[:2])
+
+    return _outcome(case, call, routes)
+
+
+def _outcome(case: Case, call, routes: str) -> Outcome:
+    def leaf(tensor: Tensor | None, route: str) -> Tensor | None:
+        return None if tensor is None else tensor.detach().clone().requires_grad_(route in routes)
+
+    x, weight, bias = leaf(case.x, "x"), leaf(case.weight, "w"), leaf(case.bias, "w")
+    fit, stats = call(x, weight, bias)
+    if routes:
+        terms = [(fit * case.pull[0].mean(0)).sum()] if "w" in routes or case.fit_to_features else []
+        if "x" in routes:
+            pairs = zip(stats, case.pull[1:], strict=True)
+            terms += [(part * pull).sum() for part, pull in pairs if part is not None and part.requires_grad]
+        torch.stack(terms).sum().backward()
+    return Outcome(
+        fit.detach(),
+        Statistics(*(None if part is None else part.detach() for part in stats)),  # pyright: ignore[reportArgumentType]
+        None if x is None else x.grad,
+        None if weight is None else weight.grad,
+        None if bias is None else bias.grad,
+    )
+
+
+def assert_same(found: Outcome, expected: Outcome, rtol: float = 1e-9, atol: float = 1e-9) -> None:
+    """Every output and gradient close to the expected one, with the same ones there."""
+    mine, theirs = found.named(), expected.named()
+    assert mine.keys() == theirs.keys()
+    for name, part in mine.items():
+        torch.testing.assert_close(
+            part.double().cpu(),
+            theirs[name].double().cpu(),
+            rtol=rtol,
+            atol=atol,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )

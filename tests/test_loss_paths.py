@@ -1,0 +1,32 @@
+"""Every path of the random-label loss against the oracle, in float64 on ragged shapes."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+import pytest
+
+from tests.loss_cases import assert_same, by_path, by_reference, random_case
+
+SHARED = ("whole", "by_rows", "by_columns")
+
+
+@pytest.mark.parametrize("path", SHARED)
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    batch=st.integers(1, 21),
+    heads=st.integers(1, 4),
+    n=st.integers(2, 37),
+    dim=st.integers(1, 19),
+    own_features=st.booleans(),
+    has_bias=st.booleans(),
+    entropy=st.booleans(),
+    fit_to_features=st.booleans(),
+    budget=st.sampled_from([1, 300, 2000, 2**28]),
+    routes=st.sampled_from(["wx", "w", "x", ""]),
+)
+def test_shared_heads(path, seed, batch, heads, n, dim, budget, routes, **options) -> None:
+    options["entropy"] = options["entropy"] and path != "by_rows"
+    case = random_case(seed, batch, heads, n, dim, **options)
+    if case.fit_to_features and routes == "x":
+        routes = "wx"
+    assert_same(by_path(case, path, False, budget, routes), by_reference(case, routes))

@@ -122,5 +122,6 @@ def build_network(config: TrainConfig, card: Card, device: torch.device) -> tupl
         layers=heads.layers,
         hidden=heads.hidden,
         example=torch.zeros(1, 3, height, width, device=device),
+        impl=heads.impl,
     )
     return model, attached

@@ -47,9 +47,18 @@ KEEPERS = {
     "tensorboard": ("rlp.runlog",),
     "cv2": ("data_prep",),
 }
-# Packages that `import rlp` and its rooms must do without, and the two modules that exist for one of them.
+# Packages that `import rlp` and its rooms must do without, and the modules that exist for one of them.
 BLOCKED = ("ffcv", "triton", "fastargs", "timm", "torchvision", "matplotlib", "tensorboard", "yaml", "cv2")
-BOUND = ("rlp.data.ffcv_loader", "rlp.config_files")
+BOUND = (
+    "rlp.data.ffcv_loader",
+    "rlp.config_files",
+    "rlp.kernels.triton_math",
+    "rlp.kernels.softmax_triton",
+    "rlp.kernels.tiny",
+    "rlp.kernels.grouped",
+    "rlp.kernels.grouped_kernels",
+    "rlp.kernels.row_sparse_kernels",
+)
 
 
 def sources(root: Path) -> dict[str, str]:

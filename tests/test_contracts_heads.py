@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 import torch.nn.functional as F
 
 from rlp.data.beton import Beton
-from rlp.kernels.reference import Statistics, statistics, statistics_from_logits
+from rlp.kernels.loss import random_label_loss
+from rlp.kernels.reference import RandomLabelLoss, Statistics, statistics
 from rlp.labels import baked_words, random_labels
 from rlp.losses import PENALTIES
 from rlp.models import RandomLabelHeads, attach, build_model
@@ -85,23 +87,25 @@ def test_the_comparison_would_notice():
     assert differing(trained(name, args, heads, lam=1e-3), trained(name, args, None))
 
 
-def test_lambda_zero_costs_no_second_pass(monkeypatch):
-    """And no gradient flows into the features at all."""
+@pytest.mark.parametrize(("layers", "passes"), [(1, 1), (2, 2)])
+def test_lambda_zero_asks_for_no_gradient_of_the_features(monkeypatch, layers, passes):
+    """And linear heads take both routes from one pass, also with a penalty."""
     calls = []
-    original = HeadBank.forward
 
-    def counted(self: HeadBank, x: Tensor, frozen: bool = False) -> Tensor:
-        calls.append((frozen, x.requires_grad))
-        return original(self, x, frozen)
+    def counted(x: Tensor, weight: Tensor, *arguments: Any, **options: Any) -> RandomLabelLoss:
+        calls.append((x.requires_grad, weight.requires_grad))
+        return random_label_loss(x, weight, *arguments, **options)
 
-    monkeypatch.setattr(HeadBank, "forward", counted)
+    monkeypatch.setattr("rlp.models.heads.random_label_loss", counted)
     model = build_model("small_cnn", CLASSES, 8)
-    heads = attach(model, ["block1"])
-    for lam, expected in ((0.0, [(False, False)]), (1.0, [(False, False), (True, True)])):
+    heads = attach(model, ["block1"], layers=layers)
+    for lam in (0.0, 1.0):
         calls.clear()
         model(torch.zeros(2, 3, 8, 8))
-        heads.loss(torch.arange(2), lam=lam)
-        assert calls == expected
+        heads.loss(torch.arange(2), lam=lam).backward()
+        assert len(calls) == (passes if lam else 1)
+        assert (calls[0] == (True, True)) is (lam > 0 or layers == 2)  # hidden units belong to the heads
+        assert any(p.grad is not None for p in model.parameters()) is (lam > 0)
 
 
 # -- 2. Routing --------------------------------------------------------------------------------------------------
@@ -202,7 +206,7 @@ def test_the_baked_column_gives_the_heads_the_labels_of_the_function(tmp_path: P
 
 
 def errors(stats: Statistics, exact: Statistics) -> list[float]:
-    return [(a.double() - b).abs().max().item() for a, b in zip(stats, exact, strict=True)]
+    return [(a.double() - b).abs().max().item() for a, b in zip(stats[:4], exact[:4], strict=True)]
 
 
 def double(bank: HeadBank, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -233,10 +237,12 @@ def test_the_banks_statistics_are_held_to_the_oracle(seed, batch, draws, n, dim,
     features, weight, bias = double(bank, x)
     exact = statistics(features, weight, bias, target)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=low == torch.bfloat16):
-        ours = [statistics_from_logits(bank(x, frozen), target) for frozen in (False, True)]
+        ours = [
+            bank.loss(x, target, penalised, impl).stats for penalised in (False, True) for impl in ("auto", "reference")
+        ]
     plain = statistics(features.to(low), weight.to(low), bias.to(low), target)
     for stats in ours:
-        assert all(part.dtype == torch.float32 for part in stats)
+        assert all(part.dtype == torch.float32 for part in stats[:4])
         allowed = [2 * e + 32 * torch.finfo(low).eps for e in errors(plain, exact)]
         assert all(error <= most for error, most in zip(errors(stats, exact), allowed, strict=True))
 
@@ -247,4 +253,4 @@ def test_banks_in_double_precision_are_the_oracle():
         x = torch.randn(5, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         target = torch.randint(13, (5, 3), generator=torch.Generator().manual_seed(1))
         exact = statistics(*double(bank, x), target)
-        assert max(errors(statistics_from_logits(bank(x), target), exact)) < 1e-13
+        assert max(errors(bank.loss(x, target, True).stats, exact)) < 1e-13

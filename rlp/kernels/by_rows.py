@@ -4,7 +4,8 @@ A chunk of rows at a time: logits, statistics, and at once what both gradients n
 With ``r_j = exp(z_j - lse_rest)`` off the label and ``q_j = r_j - [j = t]``:
 
 - the fit loss has the logit gradient ``(1 - p) q``, so its weight gradient is ``q^T ((1 - p) x)``;
-- a function of the statistics (but the entropy, which `by_columns` serves) has, at the features, the gradient ``g_lse (q W) + (g_lse + g_t) W_t + g_mean mean(W)``.
+- a function of the statistics has, at the features, the gradient ``g_lse (q W) + (g_lse + g_t) W_t + g_mean mean(W)``
+  (the entropy has not: that is left to `by_columns`).
 
 One matrix q serves both routes. It overwrites the logits as ``q - 1 / (n - 1)``, whose rounding is small where r is
 nearly uniform; the rest is of rank one and put back in float32.

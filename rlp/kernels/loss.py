@@ -130,6 +130,14 @@ def _choose_path(
     return "by_rows" if can_keep and budget // row >= min(batch, ENOUGH_ROWS) else "by_columns"
 
 
+def check_impl(impl: str) -> None:
+    """Raise a UserError unless `impl` is one of `IMPLS` and can be had."""
+    if impl not in IMPLS:
+        raise UserError(f"impl is '{impl}'; expected one of {', '.join(IMPLS)}")
+    if impl == "triton" and not has_triton():
+        raise UserError("impl is 'triton', but Triton is not installed; expected pip install triton, or impl 'auto'")
+
+
 def _check(
     x: Tensor,
     weight: Tensor,
@@ -165,10 +173,7 @@ def _check(
             raise UserError(f"{name} is {tensor.dtype}; expected one of {', '.join(map(str, FLOATS))}")
     if weight.device != x.device:
         raise UserError(f"weight is on {weight.device}, x on {x.device}; expected one device")
-    if impl not in IMPLS:
-        raise UserError(f"impl is '{impl}'; expected one of {', '.join(IMPLS)}")
-    if impl == "triton" and not has_triton():
-        raise UserError("impl is 'triton', but Triton is not installed; expected pip install triton, or impl 'auto'")
+    check_impl(impl)
     if memory_budget < 1:
         raise UserError(f"memory_budget is {memory_budget}; expected a number of bytes above 0")
     if isinstance(classes, ClassOrder) and len(classes.offsets) != weight.shape[1] + 1:

@@ -46,12 +46,15 @@ def random_label_loss(
 ) -> list[Tensor]:
     """Forward pass: ``[fit, z_t, lse_rest, z_mean, max_rest, entropy_rest, *kept]``; ``path`` is one of `PATHS`."""
     problem = _problem(x, weight, bias, target, order, dtype, entropy, need_weight, need_features, budget, triton)
-    stats, kept = path_named(path).forward(problem)
-    return _pack(mean_fit(stats.z_t, stats.lse_rest), stats, kept)
+    with torch.autocast(x.device.type, enabled=False):  # `dtype` has taken it into account
+        stats, kept = path_named(path).forward(problem)
+        return _pack(mean_fit(stats.z_t, stats.lse_rest), stats, kept)
 
 
 @random_label_loss.register_fake
-def _(x, weight, bias, target, order, path, dtype, entropy, need_weight, need_features, fit_to_features, budget, triton):  # fmt: skip
+def _(
+    x, weight, bias, target, order, path, dtype, entropy, need_weight, need_features, fit_to_features, budget, triton
+):  # fmt: skip
     problem = _problem(x, weight, bias, target, order, dtype, entropy, need_weight, need_features, budget, triton)
     shape = (problem.batch, problem.heads)
     parts = [x.new_empty(shape, dtype=problem.stats_dtype) for _ in range(5 if entropy else 4)]
@@ -91,16 +94,20 @@ def random_label_loss_backward(
     budget: int,
     triton: bool,
 ) -> list[Tensor]:
-    """Gradients of features, weight and bias, of those that are needed, from the `Upstream` and the forward's outputs."""
+    """Gradients of features, weight and bias (empty if not needed), from `Upstream` and the forward's outputs."""
     problem = _problem(x, weight, bias, target, order, dtype, entropy, need_weight, need_features, budget, triton)
     _, stats, kept = unpack(outputs, entropy)
     upstream = Upstream(fit, z_t, lse_rest, z_mean, entropy_rest)
-    found = path_named(path).backward(problem, stats, kept, upstream)
+    with torch.autocast(x.device.type, enabled=False):
+        found = path_named(path).backward(problem, stats, kept, upstream)
     return [x.new_empty(0) if part is None else part for part in found]
 
 
 @random_label_loss_backward.register_fake
-def _(fit, z_t, lse_rest, z_mean, entropy_rest, outputs, x, weight, bias, target, order, path, dtype, entropy, need_weight, need_features, budget, triton):  # fmt: skip
+def _(
+    fit, z_t, lse_rest, z_mean, entropy_rest, outputs, x, weight, bias, target, order,
+    path, dtype, entropy, need_weight, need_features, budget, triton,
+):  # fmt: skip
     def like(tensor: Tensor | None, needed: bool) -> Tensor:
         return x.new_empty(0) if tensor is None or not needed else tensor.new_empty(tensor.shape)
 

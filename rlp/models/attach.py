@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rlp.distributed import average_gradients
 from rlp.errors import UserError
+from rlp.kernels.loss import check_impl
 from rlp.models.backbone import default_taps
 from rlp.models.heads import RandomLabelHeads
 from rlp.models.taps import FeatureStore, Tap, check_pool, hook_taps, layout_of, probe, resolve_taps
@@ -25,6 +26,7 @@ def attach(
     hidden: int = 512,
     split: str = "train",
     example: Tensor | None = None,
+    impl: str = "auto",
 ) -> RandomLabelHeads:
     """Put random-label heads at the taps of ``model``::
 
@@ -53,11 +55,13 @@ def attach(
         split: name of the stream of random words, as in a .beton's card.
         example: one batch of images ``[B, C, H, W]`` to find the features' dimensions with; by default zeros of the
             model's own input size (timm's ``default_cfg``), else of 224 or 32 pixels.
+        impl: how the loss is computed, ``auto``, ``reference``, ``eager`` or ``triton``
+            (:func:`rlp.kernels.loss.random_label_loss`).
 
     Raises:
         UserError: a tap, pooling or number is wrong, or the model needs an ``example``.
     """
-    _check(num_labels, draws, layers, hidden, seed)
+    _check(num_labels, draws, layers, hidden, seed, impl)
     check_pool(pool, "attach")
     inner = _unwrap(model)
     found = resolve_taps(inner, _check_patterns(default_taps(inner) if taps is None else taps))
@@ -75,13 +79,13 @@ def attach(
             handle.remove()
     store.features.clear()
     heads = RandomLabelHeads(
-        dims, store, handles, num_labels, draws, seed, hidden if layers == 2 else 0, split, image.device
+        dims, store, handles, num_labels, draws, seed, hidden if layers == 2 else 0, split, image.device, impl
     )
     average_gradients(heads)
     return heads
 
 
-def _check(num_labels: int, draws: int, layers: int, hidden: int, seed: int) -> None:
+def _check(num_labels: int, draws: int, layers: int, hidden: int, seed: int, impl: str) -> None:
     for name, value, least in (("num_labels", num_labels, 2), ("draws", draws, 1), ("hidden", hidden, 1)):
         if value < least:
             raise UserError(f"{name} is {value}; expected at least {least}")
@@ -89,6 +93,7 @@ def _check(num_labels: int, draws: int, layers: int, hidden: int, seed: int) -> 
         raise UserError(f"layers is {layers}; expected 1 or 2")
     if not 0 <= seed < 2**64:
         raise UserError(f"seed is {seed}; expected 0 to 2^64 - 1")
+    check_impl(impl)
 
 
 def _check_patterns(taps: Sequence[str]) -> Sequence[str]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 import math
 from statistics import fmean
-from typing import Self
+from typing import Self, cast
 import weakref
 
 import torch
@@ -15,9 +15,10 @@ from torch.utils.hooks import RemovableHandle
 from rlp.distributed import reduce_sum
 from rlp.errors import UserError
 from rlp.intervals import draw_interval
-from rlp.kernels.reference import Statistics, statistics_from_logits
+from rlp.kernels.loss import random_label_loss
+from rlp.kernels.reference import RandomLabelLoss, Statistics, head_logits
 from rlp.labels import random_labels, random_words
-from rlp.losses import correct, fit_loss, kappa, penalty_named
+from rlp.losses import correct, kappa, penalty_named
 from rlp.models.taps import FeatureStore
 from rlp.seeding import named_seed
 
@@ -54,21 +55,37 @@ class HeadBank(nn.Module):
                 for parameter in parameters:
                     parameter.data[draw].uniform_(-1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in), generator=generator)
 
-    def forward(self, x: Tensor, frozen: bool = False) -> Tensor:
-        """Logits ``[B, H, n]`` of features ``[B, D]``; ``frozen`` keeps gradients from the heads' parameters."""
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``[B, H, n]`` of features ``[B, D]``, with ordinary gradients."""
+        return head_logits(self._units(x).to(self.weight.dtype), self.weight, self.bias)
 
-        def parameter(name: str) -> Tensor:
-            value = getattr(self, name)
-            return value.detach() if frozen else value
+    def loss(self, x: Tensor, target: Tensor, penalised: bool, impl: str = "auto") -> RandomLabelLoss:
+        """Fit losses ``[H]``, whose gradient reaches this bank alone, and statistics ``[B, H]``.
 
-        x = x.to(self.weight.dtype)  # under autocast the products go down to its type by themselves
+        Args:
+            x: features ``[B, D]``.
+            target: random labels, int64 ``[B, H]``.
+            penalised: whether the statistics' gradient reaches the features, and nothing else; if not, it ends here.
+            impl: as in :func:`rlp.kernels.loss.random_label_loss`.
+        """
         if not self.hidden:
-            logits = F.linear(x, parameter("weight").flatten(0, 1), parameter("bias").flatten())
-            return logits.unflatten(1, (self.draws, self.num_labels))
-        units = F.linear(x, parameter("hidden_weight").flatten(0, 1), parameter("hidden_bias").flatten()).relu()
-        units = units.unflatten(1, (self.draws, self.hidden)).transpose(0, 1)  # [H, B, M]
-        logits = torch.baddbmm(parameter("bias").unsqueeze(1), units, parameter("weight").transpose(1, 2))
-        return logits.transpose(0, 1)
+            return random_label_loss(x if penalised else x.detach(), self.weight, self.bias, target, impl=impl)
+        units = self._units(x.detach())
+        found = random_label_loss(units, self.weight, self.bias, target, fit_to_features=True, impl=impl)
+        if not penalised:
+            return found
+        frozen = self._units(x, frozen=True)
+        weight, bias = self.weight.detach(), self.bias.detach()
+        return RandomLabelLoss(found.fit, random_label_loss(frozen, weight, bias, target, impl=impl).stats)
+
+    def _units(self, x: Tensor, frozen: bool = False) -> Tensor:
+        """What the last layer sees: the features, or the hidden units ``[B, H, M]``."""
+        if not self.hidden:
+            return x
+        weight, bias = self.hidden_weight.flatten(0, 1), self.hidden_bias.flatten()
+        if frozen:
+            weight, bias = weight.detach(), bias.detach()
+        return F.linear(x.to(weight.dtype), weight, bias).relu().unflatten(1, (self.draws, self.hidden))
 
 
 @dataclass(frozen=True)
@@ -116,8 +133,10 @@ class RandomLabelHeads(nn.Module):
         hidden: int,
         split: str,
         device: torch.device,
+        impl: str = "auto",
     ) -> None:
         super().__init__()
+        self.impl = impl
         self.tap_names, self.dims = list(dims), list(dims.values())
         self.num_labels, self.draws, self.seed, self.split = num_labels, draws, seed, split
         banks = [HeadBank(dim, draws, num_labels, hidden, seed, name) for name, dim in dims.items()]
@@ -166,30 +185,25 @@ class RandomLabelHeads(nn.Module):
                 f"lam is {lam}, but no tap's features carry a gradient, so the penalty cannot reach the network; "
                 "expected a forward pass outside torch.no_grad() of a network that is not frozen"
             )
-        fits, penalties = [], []
-        for place, (bank, x) in enumerate(zip(self.banks, features, strict=True)):
-            stats = statistics_from_logits(bank(x.detach()), target)
-            fit = fit_loss(stats)
-            self._add("online", place, stats, fit)
-            fits.append(fit.mean(0))
-            if lam:
-                stats = statistics_from_logits(bank(x, frozen=True), target)
-            penalties.append(penalty_of(stats).mean(0).sum())
-        fit_by_tap = torch.stack([fit.sum() for fit in fits])
-        total = torch.stack(penalties).sum()
-        self.last_fit = fit_by_tap.detach() / self.draws
-        self.last_penalty = total.detach() / (self.draws * len(penalties))
+        found = [bank.loss(x, target, bool(lam), self.impl) for bank, x in zip(self._banks(), features, strict=True)]
+        fits = torch.stack([fit for fit, _ in found])
+        penalties = torch.stack([penalty_of(stats).mean(0).sum() for _, stats in found]).sum()
+        self._add("online", fits, [stats for _, stats in found])
+        self.last_fit = fits.detach().mean(1)
+        self.last_penalty = penalties.detach() / fits.numel()
         self.steps += 1
-        return fit_by_tap.sum() + lam * total if lam else fit_by_tap.sum()
+        return fits.sum() + lam * penalties if lam else fits.sum()
 
     @torch.no_grad()
     def evaluate(self, index: Tensor | None = None, *, words: Tensor | None = None) -> None:
         """Add the batch to the sums of mode ``eval``; arguments as for :meth:`loss`."""
         features = self._take_features()
         target = self._targets(index, words, features)
-        for place, (bank, x) in enumerate(zip(self.banks, features, strict=True)):
-            stats = statistics_from_logits(bank(x), target)
-            self._add("eval", place, stats, fit_loss(stats))
+        found = [bank.loss(x, target, False, self.impl) for bank, x in zip(self._banks(), features, strict=True)]
+        self._add("eval", torch.stack([fit for fit, _ in found]), [stats for _, stats in found])
+
+    def _banks(self) -> list[HeadBank]:
+        return cast(list[HeadBank], list(self.banks))
 
     def _take_features(self) -> list[Tensor]:
         """Features ``[B, D]`` of every tap from the latest forward pass, which are then used up."""
@@ -240,10 +254,12 @@ class RandomLabelHeads(nn.Module):
             raise UserError(f"mode is '{mode}'; expected {' or '.join(MODES)}")
         return self.get_buffer(f"{mode}_sums")
 
-    def _add(self, mode: str, place: int, stats: Statistics, fit: Tensor) -> None:
-        right = correct(stats).detach()
-        seen = torch.full_like(right[0], len(right), dtype=torch.double)
-        self._sums(mode)[place] += torch.stack([fit.detach().double().sum(0), right.double().sum(0), seen], dim=-1)
+    def _add(self, mode: str, fits: Tensor, stats: Sequence[Statistics]) -> None:
+        """Adds a batch: mean fit losses ``[L, H]``, and the statistics ``[B, H]`` at each tap."""
+        right = torch.stack([correct(part).sum(0) for part in stats])
+        count = len(stats[0].z_t)
+        seen = torch.full_like(right, count)
+        self._sums(mode).add_(torch.stack([fits.detach().double() * count, right, seen], dim=-1))
 
     def metrics(self, mode: str = "online", reset: bool = True) -> list[TapMetrics]:
         """Readings of every tap and draw over the samples since the last reset, over all ranks. A host sync.

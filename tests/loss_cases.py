@@ -100,11 +100,12 @@ def by_path(case: Case, path: str, triton: bool, budget: int = MEMORY_BUDGET, ro
 
     def call(x: Tensor, weight: Tensor, bias: Tensor | None) -> RandomLabelLoss:
         order = [] if case.classes is None else list(sort_by_class(case.classes, weight.shape[1]))
-        outputs = ops.random_label_loss(
-            x, weight, bias, case.target, order, path, product_dtype(x, weight), case.entropy,
-            "w" in routes, "x" in routes, case.fit_to_features, budget, triton,
+        return RandomLabelLoss(
+            *ops.random_label_loss(
+                x, weight, bias, case.target, order, path, case.fit_to_features, product_dtype(x, weight), case.entropy,
+                "w" in routes, "x" in routes, budget, triton,
+            )
         )  # fmt: skip
-        return RandomLabelLoss(*ops.unpack(outputs, case.entropy)[:2])
 
     return _outcome(case, call, routes)
 

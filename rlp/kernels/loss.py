@@ -1,6 +1,5 @@
 """The random-label loss: checks what it is given, picks the path, calls the operator."""
 
-from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -11,6 +10,7 @@ from rlp.kernels import ops, reference
 from rlp.kernels.problem import ClassOrder, sort_by_class
 from rlp.kernels.reference import RandomLabelLoss
 
+HAS_TRITON = find_spec("triton") is not None
 IMPLS = ("auto", "reference", "eager", "triton")
 MEMORY_BUDGET = 256 * 2**20
 """Bytes."""
@@ -71,7 +71,7 @@ def random_label_loss(
                 x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), target, given, entropy,
                 fit_to_features,
             )  # fmt: skip
-    triton = impl == "triton" or (impl == "auto" and x.is_cuda and dtype != torch.float64 and has_triton())
+    triton = impl == "triton" or (impl == "auto" and x.is_cuda and dtype != torch.float64 and HAS_TRITON)
     grad = torch.is_grad_enabled()
     need_weight = grad and (weight.requires_grad or (bias is not None and bias.requires_grad))
     need_features = grad and x.requires_grad
@@ -79,18 +79,11 @@ def random_label_loss(
         x, weight, classes is not None, dtype, triton, entropy, need_weight, need_features, memory_budget
     )
     order = sort_by_class(classes, weight.shape[1]) if isinstance(classes, Tensor) else classes
-    outputs = ops.random_label_loss(
-        x, weight, bias, target, [] if order is None else list(order), path, dtype, entropy, need_weight, need_features,
-        fit_to_features, memory_budget, triton,
+    fit, stats = ops.random_label_loss(
+        x, weight, bias, target, [] if order is None else list(order), path, fit_to_features,
+        dtype, entropy, need_weight, need_features, memory_budget, triton,
     )  # fmt: skip
-    fit, stats, _ = ops.unpack(outputs, entropy)
-    return RandomLabelLoss(fit, stats._replace(max_rest=stats.max_rest.detach()))
-
-
-@cache
-def has_triton() -> bool:
-    """Whether Triton is installed."""
-    return find_spec("triton") is not None
+    return RandomLabelLoss(fit, stats)
 
 
 def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
@@ -134,7 +127,7 @@ def check_impl(impl: str) -> None:
     """Raise a UserError unless `impl` is one of `IMPLS` and can be had."""
     if impl not in IMPLS:
         raise UserError(f"impl is '{impl}'; expected one of {', '.join(IMPLS)}")
-    if impl == "triton" and not has_triton():
+    if impl == "triton" and not HAS_TRITON:
         raise UserError("impl is 'triton', but Triton is not installed; expected pip install triton, or impl 'auto'")
 
 
@@ -156,7 +149,7 @@ def _check(
         raise UserError(f"weight has {n} random label for a head; expected at least 2")
     if tuple(x.shape) not in ((len(x), dim), (len(x), heads, dim)):
         raise UserError(f"x has the shape {[*x.shape]}; expected [B, {dim}] or [B, {heads}, {dim}], as the weight has")
-    expected = {"target": (target, (len(x), heads))}
+    expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {"target": (target, (len(x), heads))}
     if bias is not None:
         expected["bias"] = (bias, tuple(weight.shape[:-1]))
     if given is not None:

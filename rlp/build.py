@@ -123,5 +123,6 @@ def build_network(config: TrainConfig, card: Card, device: torch.device) -> tupl
         hidden=heads.hidden,
         example=torch.zeros(1, 3, height, width, device=device),
         impl=heads.impl,
+        memory_budget=heads.memory_mb * 2**20,
     )
     return model, attached

@@ -126,6 +126,9 @@ class HeadsConfig(Section, name="heads"):
     impl: Literal["auto", "reference", "eager", "triton"] = key(
         "auto", "how their loss is computed: auto takes Triton's kernels on a GPU; reference is plain autograd"
     )
+    memory_mb: int = key(
+        256, "MiB that temporary logits of one tap may take; more is faster at a very large n", at_least(1)
+    )
     optimizer: Literal["adamw", "sgd"] = key("adamw", "optimiser of the heads")
     lr: float = key(1e-3, "learning rate of the heads, on the schedule of the network", at_least(0))
     weight_decay: float = key(0.0, "weight decay of the heads", at_least(0))

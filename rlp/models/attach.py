@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rlp.distributed import average_gradients
 from rlp.errors import UserError
-from rlp.kernels.loss import check_impl
+from rlp.kernels.loss import MEMORY_BUDGET, check_impl
 from rlp.models.backbone import default_taps
 from rlp.models.heads import RandomLabelHeads
 from rlp.models.taps import FeatureStore, Tap, check_pool, hook_taps, layout_of, probe, resolve_taps
@@ -27,6 +27,7 @@ def attach(
     split: str = "train",
     example: Tensor | None = None,
     impl: str = "auto",
+    memory_budget: int = MEMORY_BUDGET,
 ) -> RandomLabelHeads:
     """Put random-label heads at the taps of ``model``::
 
@@ -57,11 +58,13 @@ def attach(
             model's own input size (timm's ``default_cfg``), else of 224 or 32 pixels.
         impl: how the loss is computed, ``auto``, ``reference``, ``eager`` or ``triton``
             (:func:`rlp.kernels.loss.random_label_loss`).
+        memory_budget: bytes that temporary logits of one tap may take; more is faster where ``num_labels`` is very large.
 
     Raises:
         UserError: a tap, pooling or number is wrong, or the model needs an ``example``.
     """
-    _check(num_labels, draws, layers, hidden, seed, impl)
+    _check(num_labels, draws, layers, hidden, seed, memory_budget)
+    check_impl(impl)
     check_pool(pool, "attach")
     inner = _unwrap(model)
     found = resolve_taps(inner, _check_patterns(default_taps(inner) if taps is None else taps))
@@ -79,21 +82,35 @@ def attach(
             handle.remove()
     store.features.clear()
     heads = RandomLabelHeads(
-        dims, store, handles, num_labels, draws, seed, hidden if layers == 2 else 0, split, image.device, impl
+        dims,
+        store,
+        handles,
+        num_labels,
+        draws,
+        seed,
+        hidden if layers == 2 else 0,
+        split,
+        image.device,
+        impl,
+        memory_budget,
     )
     average_gradients(heads)
     return heads
 
 
-def _check(num_labels: int, draws: int, layers: int, hidden: int, seed: int, impl: str) -> None:
-    for name, value, least in (("num_labels", num_labels, 2), ("draws", draws, 1), ("hidden", hidden, 1)):
+def _check(num_labels: int, draws: int, layers: int, hidden: int, seed: int, memory_budget: int) -> None:
+    for name, value, least in (
+        ("num_labels", num_labels, 2),
+        ("draws", draws, 1),
+        ("hidden", hidden, 1),
+        ("memory_budget", memory_budget, 1),
+    ):
         if value < least:
             raise UserError(f"{name} is {value}; expected at least {least}")
     if layers not in (1, 2):
         raise UserError(f"layers is {layers}; expected 1 or 2")
     if not 0 <= seed < 2**64:
         raise UserError(f"seed is {seed}; expected 0 to 2^64 - 1")
-    check_impl(impl)
 
 
 def _check_patterns(taps: Sequence[str]) -> Sequence[str]:

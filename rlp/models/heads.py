@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 import math
 from statistics import fmean
-from typing import Self, cast
+from typing import Any, Self, cast
 import weakref
 
 import torch
@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from rlp.distributed import reduce_sum
 from rlp.errors import UserError
 from rlp.intervals import draw_interval
-from rlp.kernels.loss import random_label_loss
+from rlp.kernels.loss import MEMORY_BUDGET, random_label_loss
 from rlp.kernels.reference import RandomLabelLoss, Statistics, head_logits
 from rlp.labels import random_labels, random_words
 from rlp.losses import correct, kappa, penalty_named
@@ -59,24 +59,27 @@ class HeadBank(nn.Module):
         """Logits ``[B, H, n]`` of features ``[B, D]``, with ordinary gradients."""
         return head_logits(self._units(x).to(self.weight.dtype), self.weight, self.bias)
 
-    def loss(self, x: Tensor, target: Tensor, penalised: bool, impl: str = "auto") -> RandomLabelLoss:
+    def loss(
+        self, x: Tensor, target: Tensor, penalised: bool, impl: str = "auto", memory_budget: int = MEMORY_BUDGET
+    ) -> RandomLabelLoss:
         """Fit losses ``[H]``, whose gradient reaches this bank alone, and statistics ``[B, H]``.
 
         Args:
             x: features ``[B, D]``.
             target: random labels, int64 ``[B, H]``.
             penalised: whether the statistics' gradient reaches the features, and nothing else; if not, it ends here.
-            impl: as in :func:`rlp.kernels.loss.random_label_loss`.
+            impl, memory_budget: as in :func:`rlp.kernels.loss.random_label_loss`.
         """
+        how: dict[str, Any] = {"impl": impl, "memory_budget": memory_budget}
         if not self.hidden:
-            return random_label_loss(x if penalised else x.detach(), self.weight, self.bias, target, impl=impl)
+            return random_label_loss(x if penalised else x.detach(), self.weight, self.bias, target, **how)
         units = self._units(x.detach())
-        found = random_label_loss(units, self.weight, self.bias, target, fit_to_features=True, impl=impl)
+        found = random_label_loss(units, self.weight, self.bias, target, fit_to_features=True, **how)
         if not penalised:
             return found
         frozen = self._units(x, frozen=True)
         weight, bias = self.weight.detach(), self.bias.detach()
-        return RandomLabelLoss(found.fit, random_label_loss(frozen, weight, bias, target, impl=impl).stats)
+        return RandomLabelLoss(found.fit, random_label_loss(frozen, weight, bias, target, **how).stats)
 
     def _units(self, x: Tensor, frozen: bool = False) -> Tensor:
         """What the last layer sees: the features, or the hidden units ``[B, H, M]``."""
@@ -134,9 +137,10 @@ class RandomLabelHeads(nn.Module):
         split: str,
         device: torch.device,
         impl: str = "auto",
+        memory_budget: int = MEMORY_BUDGET,
     ) -> None:
         super().__init__()
-        self.impl = impl
+        self.impl, self.memory_budget = impl, memory_budget
         self.tap_names, self.dims = list(dims), list(dims.values())
         self.num_labels, self.draws, self.seed, self.split = num_labels, draws, seed, split
         banks = [HeadBank(dim, draws, num_labels, hidden, seed, name) for name, dim in dims.items()]
@@ -185,7 +189,7 @@ class RandomLabelHeads(nn.Module):
                 f"lam is {lam}, but no tap's features carry a gradient, so the penalty cannot reach the network; "
                 "expected a forward pass outside torch.no_grad() of a network that is not frozen"
             )
-        found = [bank.loss(x, target, bool(lam), self.impl) for bank, x in zip(self._banks(), features, strict=True)]
+        found = self._losses(features, target, bool(lam))
         fits = torch.stack([fit for fit, _ in found])
         penalties = torch.stack([penalty_of(stats).mean(0).sum() for _, stats in found]).sum()
         self._add("online", fits, [stats for _, stats in found])
@@ -199,11 +203,16 @@ class RandomLabelHeads(nn.Module):
         """Add the batch to the sums of mode ``eval``; arguments as for :meth:`loss`."""
         features = self._take_features()
         target = self._targets(index, words, features)
-        found = [bank.loss(x, target, False, self.impl) for bank, x in zip(self._banks(), features, strict=True)]
+        found = self._losses(features, target, False)
         self._add("eval", torch.stack([fit for fit, _ in found]), [stats for _, stats in found])
 
-    def _banks(self) -> list[HeadBank]:
-        return cast(list[HeadBank], list(self.banks))
+    def _losses(self, features: Sequence[Tensor], target: Tensor, penalised: bool) -> list[RandomLabelLoss]:
+        """Of every tap's bank."""
+        banks = [cast(HeadBank, bank) for bank in self.banks]
+        return [
+            bank.loss(x, target, penalised, self.impl, self.memory_budget)
+            for bank, x in zip(banks, features, strict=True)
+        ]
 
     def _take_features(self) -> list[Tensor]:
         """Features ``[B, D]`` of every tap from the latest forward pass, which are then used up."""

@@ -58,7 +58,7 @@ def attach(
             model's own input size (timm's ``default_cfg``), else of 224 or 32 pixels.
         impl: how the loss is computed, ``auto``, ``reference``, ``eager`` or ``triton``
             (:func:`rlp.kernels.loss.random_label_loss`).
-        memory_budget: bytes that temporary logits of one tap may take; more is faster where ``num_labels`` is very large.
+        memory_budget: bytes that temporary logits of one tap may take; more is faster at a very large ``num_labels``.
 
     Raises:
         UserError: a tap, pooling or number is wrong, or the model needs an ``example``.

@@ -57,7 +57,8 @@ def forward(problem: Problem) -> tuple[Statistics, Kept]:
             logits, _, _, target = _logits(problem, piece)
             parts.append(softmax_of(problem).statistics(logits, target, problem.entropy))
         groups.append(merge(parts, [labels.stop - labels.start for _, labels in group]))
-    return Statistics(*(None if parts[0] is None else torch.cat(parts, 1) for parts in zip(*groups, strict=True))), ()
+    joined = (None if parts[0] is None else torch.cat(parts, 1) for parts in zip(*groups, strict=True))
+    return Statistics(*joined), ()  # pyright: ignore[reportArgumentType]
 
 
 def merge(parts: Sequence[Statistics], counts: Sequence[int]) -> Statistics:
@@ -80,17 +81,23 @@ def merge(parts: Sequence[Statistics], counts: Sequence[int]) -> Statistics:
 
 def backward(problem: Problem, stats: Statistics, kept: Kept, upstream: Upstream) -> Gradients:
     """Logits once more, piece by piece, and the products of the routes that are needed."""
+    found = gradient_sums(problem, stats, upstream)
+    return found if found.x is None else found._replace(x=found.x.to(problem.x.dtype))
+
+
+def gradient_sums(problem: Problem, stats: Statistics, upstream: Upstream) -> Gradients:
+    """The same before the features' gradient is rounded: it is one in `stats_dtype` to which others can be added."""
     upstream, scale = normalised(upstream, problem.dtype)
     totals = _empty(problem)
     for heads, group in pieces(problem):
-        mine = Statistics(*(None if part is None else part[:, heads] for part in stats))
+        mine = Statistics(*(None if part is None else part[:, heads] for part in stats))  # pyright: ignore
         arriving = Upstream(None, *(None if part is None else part[:, heads] for part in upstream[1:]))
         for piece in group:
             _add_piece(problem, piece, mine, arriving, totals)
     dx, dw, db = totals
     mean = None if upstream.fit is None else (upstream.fit / problem.batch)[:, None]
     return Gradients(
-        None if dx is None else scaled(dx, scale, problem.x.dtype),
+        None if dx is None else scaled(dx, scale, problem.stats_dtype),
         None if dw is None or mean is None else dw.mul_(mean.unsqueeze(-1)),
         None if db is None or mean is None else db.mul_(mean),
     )

@@ -14,9 +14,14 @@ IDENTITY = "environment.json"
 RUN_ENTRIES = (SUMMARY, "figures", "tensorboard", "checkpoints", "metrics.jsonl", "train.log", "config.yaml", IDENTITY)
 """All that a run writes, in the order in which a fresh start removes it: what says "complete" goes first."""
 
-# Keys that may differ when a run goes on; of those that change what is computed, the log says so.
-_FREE_KEYS = {"train.epochs", "data.workers", "data.loader", "data.resident_limit_gb", "data.verify"}
-_FREE_KEYS |= {"data.eval_batch_size", "data.train", "data.val"}
+# Keys that may differ when a run goes on; those that change what is computed, with what they change, for the log.
+_EFFECTS = {
+    "train.epochs": "the learning rates to come",
+    "data.loader": "the pixels of a set of JPEGs",
+    "heads.impl": "the rounding of the heads' losses",
+    "heads.memory_mb": "the rounding of the heads' losses",
+}
+_FREE_KEYS = {"data.workers", "data.resident_limit_gb", "data.verify", "data.eval_batch_size", "data.train", "data.val"}
 
 
 def find_resume_point(run_dir: Path, resume: str | None, overwrite: bool) -> dict[str, Any] | None:
@@ -146,11 +151,10 @@ def check_same_run(state: dict[str, Any], config: dict[str, Any], data: dict[str
             before = state["config"].get(section, {}).get(key)
             if before == value or (section == "run" and key != "seed"):
                 continue
-            if name not in _FREE_KEYS:
+            if name not in _FREE_KEYS | _EFFECTS.keys():
                 raise UserError(f"{name} is {value!r}, but the run to resume has {before!r}; expected the same value")
-            if name in ("train.epochs", "data.loader"):
-                effect = "the learning rates to come" if name == "train.epochs" else "the pixels of a set of JPEGs"
-                remarks.append(f"{name} was {before} and is {value}: this changes {effect}")
+            if name in _EFFECTS:
+                remarks.append(f"{name} was {before} and is {value}: this changes {_EFFECTS[name]}")
     for split, digest in data.items():
         if state["data"].get(split) != digest:
             raise UserError(f"data.{split} is not the file that the run to resume was trained on (its hash differs)")

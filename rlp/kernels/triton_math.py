@@ -16,7 +16,14 @@ def logit_gradient_to_weight(z, is_label, z_t, lse_rest):
 
 @triton.jit
 def logit_gradient_to_features(z, is_label, lse_rest, entropy_rest, g_z_t, g_lse_rest, g_z_mean, g_entropy_rest):
-    """``r_j (g_lse - g_h (log r_j + h)) + [j = t] g_t + g_mean``, where `g_z_mean` is already divided by n."""
+    """``r_j (g_lse - g_h (log r_j + h)) + [j = t] g_t + g_mean``, where `g_z_mean` is already divided by n.
+
+    `g_entropy_rest` may be None; then `entropy_rest` is not looked at.
+    """
     log_r = z - lse_rest
-    others = tl.exp(log_r) * (g_lse_rest - g_entropy_rest * (log_r + entropy_rest))
+    r = tl.exp(log_r)
+    if g_entropy_rest is None:
+        others = r * g_lse_rest
+    else:  # at r = 0 its logarithm is minus infinity, and their product 0
+        others = r * (g_lse_rest - g_entropy_rest * (tl.where(r > 0, log_r, 0.0) + entropy_rest))
     return tl.where(is_label, g_z_t, others) + g_z_mean

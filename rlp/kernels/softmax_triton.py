@@ -1,0 +1,316 @@
+"""Rows of logits to statistics and back, in Triton: the functions of `softmax_eager`, each a single launch.
+
+A *segment* is the row of n logits of one sample and one head. Small ones share a program, so that loads stay wide; a
+large one has a program of its own, which walks over it in blocks. Nothing about a launch depends on the number of
+segments, so that none depends on what else is in its batch.
+"""
+
+# pyright: reportArgumentType=false, reportIndexIssue=false, reportAttributeAccessIssue=false
+# pyright: reportOptionalOperand=false, reportOptionalMemberAccess=false, reportCallIssue=false
+
+from math import gcd
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+import triton
+import triton.language as tl
+
+from rlp.kernels.problem import Upstream
+from rlp.kernels.reference import Statistics
+from rlp.kernels.triton_math import logit_gradient_to_features, logit_gradient_to_weight
+
+
+class Launch(NamedTuple):
+    """A program's tile of `rows` segments by `block` logits, its warps, and how many blocks it loads ahead."""
+
+    rows: int
+    block: int
+    warps: int
+    stages: int
+
+
+def launch(n: int) -> Launch:
+    """For segments of n logits: 16 elements a thread, 4 loads of 16 bytes in float32, without a loop up to n = 8192."""
+    block = min(triton.next_power_of_2(n), 8192)
+    tile = max(block, 2048)
+    return Launch(tile // block, block, warps=tile // 512, stages=3 if n > block else 1)
+
+
+Strides = tuple[int, int]
+"""Of rows and of heads."""
+
+
+def _strides(tensor: Tensor) -> Strides:
+    """0 along a dimension of size 1."""
+    return tensor.stride(0) if tensor.shape[0] > 1 else 0, tensor.stride(1) if tensor.shape[1] > 1 else 0
+
+
+def _fold(rows: int, heads: int, strides: list[Strides]) -> tuple[int, list[Strides]]:
+    """Number of heads and strides, with rows and heads as one dimension of rows where all strides allow it."""
+    if all(rows == 1 or row == heads * head for row, head in strides):
+        return 1, [(head, 0) for _, head in strides]
+    return heads, strides
+
+
+def _in_units(n: int, strides: list[Strides]) -> tuple[int, list[int]]:
+    """The largest power of two up to 16 that divides n and all strides; these, divided by it.
+
+    It tells how wide loads may be. Triton would see divisibility by 16 only, and 100 or 1000 labels have none.
+    """
+    sizes = [n, *(stride for pair in strides for stride in pair)]
+    unit = gcd(16, *sizes)
+    return unit, [size // unit for size in sizes]
+
+
+@triton.jit
+def _segments(first, segments, heads, ROWS: tl.constexpr):
+    """Numbers of a program's segments, which of them are there, and their rows and heads."""
+    segment = first + tl.arange(0, ROWS)
+    return segment, segment < segments, (segment // heads).to(tl.int64), (segment % heads).to(tl.int64)
+
+
+@triton.jit
+def _label(target, segment, there, n):
+    """The labels' places, -1 where outside the piece."""
+    label = tl.load(target + segment, mask=there, other=-1)
+    return tl.where((label >= 0) & (label < n), label, -1).to(tl.int32)
+
+
+@triton.jit
+def _finite(x):
+    """What to subtract before the exponential: 0 for an infinite maximum, with which ``inf - inf`` would be NaN."""
+    return tl.where(tl.abs(x) == float("inf"), 0.0, x)
+
+
+@triton.jit(do_not_specialize=["segments", "n_units", "row_units", "head_units"])  # `UNIT` says what matters of these
+def statistics_kernel(
+    logits,
+    target,
+    z_t,
+    lse_rest,
+    z_mean,
+    max_rest,
+    entropy_rest,
+    segments,
+    heads,
+    n_units,
+    row_units,
+    head_units,
+    UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SINGLE: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Statistics ``[R, H]`` in one pass, online; with `RESIDUAL` a second one, of the program's own segments."""
+    dtype = z_t.dtype.element_ty
+    n = n_units * UNIT
+    segment, there, row, head = _segments(tl.program_id(0) * ROWS, segments, heads, ROWS)
+    start = row * row_units * UNIT + head * head_units * UNIT
+    label = _label(target, segment, there, n)
+    own = logits + start[:, None]
+    at_label = tl.load(logits + start + label, mask=label >= 0, other=-float("inf")).to(dtype)
+
+    # Of the logits other than the label's so far: maximum m, sum s of e^(z - m), sum t of (z - m) e^(z - m).
+    m = tl.full([ROWS], -float("inf"), dtype)
+    s = tl.zeros([ROWS], dtype)
+    t = tl.zeros([ROWS], dtype)
+    total = tl.zeros([ROWS], dtype)
+    for begin in tl.range(0, BLOCK if SINGLE else n, BLOCK, num_stages=STAGES):
+        place = begin + tl.arange(0, BLOCK)[None, :]
+        mask = there[:, None] & (place < n)
+        z = tl.load(own + place, mask=mask, other=-float("inf")).to(dtype)
+        total += tl.sum(tl.where(mask, z, 0.0), 1)
+        rest = tl.where(place == label[:, None], -float("inf"), z)
+        peak = tl.maximum(m, tl.max(rest, 1))
+        base = _finite(peak)
+        shrink = tl.exp(m - base)
+        away = rest - base[:, None]
+        e = tl.exp(away)
+        if entropy_rest is not None:  # -1000 stands for minus infinity, whose product with e = 0 would be NaN
+            moved = t + tl.maximum(m - base, -1000.0) * s
+            t = shrink * moved + tl.sum(tl.maximum(away, -1000.0) * e, 1)
+        s = shrink * s + tl.sum(e, 1)
+        m = peak
+    lse = _finite(m) + tl.where(s == 0, -float("inf"), tl.log(tl.where(s == 0, 1.0, s)))
+
+    if RESIDUAL:  # backwards: what was read last is the likeliest to be in the cache still
+        share = tl.full([ROWS, 1], 1.0, dtype) / (n - 1)
+        base = tl.where(lse == -float("inf"), 0.0, lse)[:, None]
+        last = 0 if SINGLE else tl.cdiv(n, BLOCK) - 1
+        for back in tl.range(0, last + 1, num_stages=STAGES):
+            place = (last - back) * BLOCK + tl.arange(0, BLOCK)[None, :]
+            mask = there[:, None] & (place < n)
+            z = tl.load(own + place, mask=mask, other=-float("inf")).to(dtype)
+            q = tl.where(place == label[:, None], -1.0, tl.exp(z - base)) - share
+            tl.store(own + place, q.to(logits.dtype.element_ty), mask=mask)
+
+    tl.store(z_t + segment, at_label, mask=there)
+    tl.store(lse_rest + segment, lse, mask=there)
+    tl.store(z_mean + segment, total / n, mask=there)
+    tl.store(max_rest + segment, tl.where(s == s, m, float("nan")), mask=there)  # a maximum passes over NaN
+    if entropy_rest is not None:
+        entropy = tl.where(s == 0, 0.0, lse - _finite(m) - t / tl.where(s == 0, 1.0, s))
+        tl.store(entropy_rest + segment, entropy, mask=there)
+
+
+def statistics(logits: Tensor, target: Tensor, entropy: bool) -> Statistics:
+    """Statistics of logits ``[R, H, n]``, whose last dimension is contiguous, for ``target [R, H]``.
+
+    The logits may be a piece of a head's: a target outside [0, n) then gives ``z_t = -inf``, and a piece that holds the
+    target alone ``lse_rest = -inf`` and an entropy of 0. ``R * H`` is below 2^31; the number of logits need not be.
+    """
+    return _statistics(logits, target, entropy, residual=False)
+
+
+def replace_by_residual(logits: Tensor, target: Tensor) -> Statistics:
+    """As `statistics` of whole heads, without the entropy; the logits are overwritten by ``r - [j = t] - 1 / (n - 1)``.
+
+    Taking off the mean 1 / (n - 1) of r keeps a low-precision r exact near the uniform distribution.
+    """
+    return _statistics(logits, target, entropy=False, residual=True)
+
+
+def _statistics(logits: Tensor, target: Tensor, entropy: bool, residual: bool) -> Statistics:
+    rows, heads, n = logits.shape
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    stats = Statistics(*(logits.new_empty((rows, heads), dtype=dtype) for _ in range(5 if entropy else 4)))
+    if rows * heads == 0:
+        return stats
+    shape = launch(n)
+    inner, strides = _fold(rows, heads, [_strides(logits)])
+    unit, sizes = _in_units(n, strides)
+    with torch.cuda.device_of(logits):
+        statistics_kernel[(triton.cdiv(rows * heads, shape.rows),)](
+            logits, target.contiguous(), *stats, rows * heads, inner, *sizes,
+            UNIT=unit, ROWS=shape.rows, BLOCK=shape.block, SINGLE=n <= shape.block,
+            RESIDUAL=residual, STAGES=shape.stages, num_warps=shape.warps,
+        )  # fmt: skip
+    return stats
+
+
+@triton.jit
+def _column(values, where, there):
+    """Values of a program's segments, zeros for None; ``[ROWS, 1]``."""
+    if values is None:
+        return tl.zeros([there.shape[0], 1], tl.float32)
+    else:
+        return tl.load(values + where, mask=there, other=0.0)[:, None]
+
+
+@triton.jit(
+    do_not_specialize=[
+        "segments", "n_units", "row_units", "head_units", "out_row_units", "out_head_units", "part_row", "part_head",
+        "num_labels",
+    ]
+)  # fmt: skip
+def gradients_kernel(
+    logits,
+    target,
+    z_t,
+    lse_rest,
+    entropy_rest,
+    g_z_t,
+    g_lse_rest,
+    g_z_mean,
+    g_entropy_rest,
+    to_weight,
+    to_features,
+    segments,
+    heads,
+    n_units,
+    row_units,
+    head_units,
+    out_row_units,
+    out_head_units,
+    part_row,
+    part_head,
+    num_labels,
+    UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One tile of the gradients of the logits along one or both routes; None for what is not there."""
+    n = n_units * UNIT
+    blocks = tl.cdiv(n, BLOCK)
+    tile = tl.program_id(0) // blocks
+    segment, there, row, head = _segments(tile * ROWS, segments, heads, ROWS)
+    place = (tl.program_id(0) - tile * blocks) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    mask = there[:, None] & (place < n)
+    own = logits + (row * row_units * UNIT + head * head_units * UNIT)[:, None]
+    z = tl.load(own + place, mask=mask, other=0.0).to(z_t.dtype.element_ty)
+    is_label = place == _label(target, segment, there, n)[:, None]
+
+    part = row * part_row + head * part_head
+    lse = _column(lse_rest, part, there)
+    lse = tl.where(lse == -float("inf"), -1e38, lse)  # all others are minus infinity, whose r shall be 0
+    out = (row * out_row_units * UNIT + head * out_head_units * UNIT)[:, None] + place
+    if to_weight is not None:
+        dz = logit_gradient_to_weight(z, is_label, _column(z_t, part, there), lse)
+        tl.store(to_weight + out, dz.to(to_weight.dtype.element_ty), mask=mask)
+    if to_features is not None:
+        dz = logit_gradient_to_features(
+            z,
+            is_label,
+            lse,
+            _column(entropy_rest, part, there),
+            _column(g_z_t, part, there),
+            _column(g_lse_rest, part, there),
+            _column(g_z_mean, part, there) / num_labels,
+            None if g_entropy_rest is None else _column(g_entropy_rest, part, there),
+        )
+        tl.store(to_features + out, dz.to(to_features.dtype.element_ty), mask=mask)
+
+
+def gradients(
+    logits: Tensor,
+    target: Tensor,
+    stats: Statistics,
+    upstream: Upstream,
+    num_labels: int,
+    need_weight: bool,
+    need_features: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the logits ``[R, H, n]`` along the two routes, new tensors of the logits' type and layout.
+
+    With ``r_j = exp(z_j - lse_rest)`` for j other than t, 0 at t, and ``h = entropy_rest``:
+
+    - to the weights ``(1 - p)(r_j - [j = t])``: the gradient of ``-log p`` of each row, **without** the upstream
+      gradient of the mean, which is for the caller to multiply the product with (folded in here it would vanish in
+      float16);
+    - to the features ``r_j (g_lse - g_h (log r_j + h)) + [j = t] g_t + g_mean / num_labels``.
+
+    Args:
+        logits: a piece or whole heads, as for `statistics`.
+        target: ``[R, H]``.
+        stats: of the whole heads, ``[R, H]``.
+        upstream: its ``fit`` is not looked at.
+        num_labels: n of the whole heads.
+        need_weight, need_features: which of the two; None for the other.
+    """
+    rows, heads, n = logits.shape
+    found = [torch.empty_like(logits) if needed else None for needed in (need_weight, need_features)]
+    outputs = [part for part in found if part is not None]
+    if rows * heads == 0 or not outputs:
+        return found[0], found[1]
+    parts, part_strides = _alike(
+        [stats.z_t, stats.lse_rest, stats.entropy_rest, *(upstream[1:] if need_features else [None] * 4)]
+    )
+    inner, (mine, theirs, others) = _fold(rows, heads, [_strides(logits), _strides(outputs[0]), part_strides])
+    unit, sizes = _in_units(n, [mine, theirs])
+    shape = launch(n)
+    with torch.cuda.device_of(logits):
+        gradients_kernel[(triton.cdiv(rows * heads, shape.rows) * triton.cdiv(n, shape.block),)](
+            logits, target.contiguous(), *parts, *found, rows * heads, inner, *sizes, *others, num_labels,
+            UNIT=unit, ROWS=shape.rows, BLOCK=shape.block, num_warps=shape.warps,
+        )  # fmt: skip
+    return found[0], found[1]
+
+
+def _alike(parts: list[Tensor | None]) -> tuple[list[Tensor | None], Strides]:
+    """The parts with the strides that all have: as they are, if these are the same already (slices are), else dense."""
+    if len({part.stride() for part in parts if part is not None}) > 1:
+        parts = [None if part is None else part.contiguous() for part in parts]
+    return parts, next(_strides(part) for part in parts if part is not None)

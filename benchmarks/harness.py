@@ -34,7 +34,8 @@ from rlp.runlog import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-SHARED = ("__init__", "harness", "stale")  # modules of this folder that are no benchmarks
+SHARED = ("__init__", "harness", "stale", "loss_cases", "loss_contenders", "loss_plot", "loss_tables")
+"""Modules of this folder that are no benchmarks."""
 
 
 @dataclass(frozen=True)
@@ -161,12 +162,19 @@ def device_slug(device: torch.device) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def arguments(description: str | None, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options all benchmarks have: ``device`` (torch.device), ``rounds`` (0 = the benchmark's own), ``out``."""
+def arguments(
+    description: str | None, argv: Sequence[str] | None, more: Mapping[str, Mapping[str, Any]] | None = None
+) -> argparse.Namespace:
+    """The options all benchmarks have: ``device`` (torch.device), ``rounds`` (0 = the benchmark's own), ``out``.
+
+    `more` are the benchmark's own: flag -> keyword arguments of ``add_argument``.
+    """
     parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--rounds", type=int, default=0, help="measurements of each case (0: the benchmark's own)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    for flag, keywords in (more or {}).items():
+        parser.add_argument(flag, **keywords)
     options = parser.parse_args(argv)
     options.device = choose_device(options.device)
     return options

@@ -43,7 +43,7 @@ KEEPERS = {
     "fastargs": ("rlp.config",),
     "timm": ("rlp.models.backbone",),
     "torchvision": ("rlp.models.backbone",),
-    "matplotlib": ("rlp.report",),
+    "matplotlib": ("rlp.report", "benchmarks"),
     "tensorboard": ("rlp.runlog",),
     "cv2": ("data_prep",),
 }

@@ -264,7 +264,8 @@ def _time(entries: Sequence[Entry], case: Case, plan: Plan) -> tuple[dict[str, l
 
 
 def _ceilings(case: Case, plan: Plan) -> dict[str, Callable[[], object]]:
-    source = torch.randint(256, (plan.copy_bytes,), dtype=torch.uint8, device=plan.device)
+    piece = min(2**20, plan.copy_bytes)
+    source = torch.randint(256, (piece,), dtype=torch.uint8, device=plan.device).repeat(plan.copy_bytes // piece)
     copy = torch.empty_like(source)
     side = plan.product_size
     a, b = (torch.randn(side, side, device=plan.device, dtype=case.dtype) for _ in range(2))

@@ -41,7 +41,7 @@ def write_plot(rows: Sequence[Row], path: Path) -> Path | None:
         _draw(panel, [row for row in rows if row["case"] == key and row["reason"] is None], colours)
     for panel in panels[len(sweeps) :]:
         panel.set_axis_off()
-    figure.suptitle(f"{MODES['both']}: one step's losses and gradients of weights and features", fontsize=11)
+    figure.suptitle(f"{MODES['both']}: losses and gradients of weights and features ({path.stem})", fontsize=11)
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
     return write_atomically(path, buffer.getvalue())
@@ -68,6 +68,8 @@ def _draw(axes: "Axes", rows: Sequence[Row], colours: dict[str, str]) -> None:
     axes.plot(*zip(*floors, strict=True), color=GREY, linestyle=(0, (4, 3)), linewidth=1.2)
     ends.append(("floor", GREY, *floors[-1]))
     axes.set(xscale="log", yscale="log", ylabel="ms")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
     axes.set_xlabel("H, number of draws" if varied == "heads" else "n, number of random labels")
     own = f"C={first['classes']}, " if first["classes"] else ""
     axes.set_title(

@@ -1,7 +1,10 @@
 """Random problems of the random-label loss, and its outputs and gradients by any path, for comparison."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -110,7 +113,7 @@ def by_path(case: Case, path: str, triton: bool, budget: int = MEMORY_BUDGET, ro
     return _outcome(case, call, routes)
 
 
-def _outcome(case: Case, call, routes: str) -> Outcome:
+def _outcome(case: Case, call: Callable[[Tensor, Tensor, Tensor | None], RandomLabelLoss], routes: str) -> Outcome:
     def leaf(tensor: Tensor | None, route: str) -> Tensor | None:
         return None if tensor is None else tensor.detach().clone().requires_grad_(route in routes)
 
@@ -143,3 +146,47 @@ def assert_same(found: Outcome, expected: Outcome, rtol: float = 1e-9, atol: flo
             atol=atol,
             msg=lambda text, name=name: f"{name}: {text}",
         )
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Memory that is handed out unwritten holds NaN, so that what nobody writes is seen."""
+
+    def poison(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def made(*args: Any, **options: Any) -> Tensor:
+            tensor = make(*args, **options)
+            return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+        return made
+
+    with (
+        patch.object(torch, "empty", poison(torch.empty)),
+        patch.object(torch, "empty_like", poison(torch.empty_like)),
+        patch.object(Tensor, "new_empty", poison(Tensor.new_empty)),
+    ):
+        yield
+
+
+def ragged_cases(path: str) -> Iterator[tuple[Case, int, str]]:
+    """A few problems that the path serves, with budget and routes: no size is a multiple of a block's."""
+    numbers_of_classes = {"by_class": [4], "grouped": [4], "tiny": [None, 4]}.get(path, [None])
+    shapes = [(7, 3, 11, 5), (5, 2, 2, 19), (18, 1, 37, 33)]
+    if path in ("whole", "by_rows", "by_columns"):
+        shapes.append((2, 1, 8201, 3))  # more labels than a kernel's block
+    for seed, (batch, heads, n, dim) in enumerate(shapes):
+        for classes in numbers_of_classes:
+            flags = {"own_features": seed == 1, "has_bias": seed != 2, "fit_to_features": seed == 0}
+            flags["entropy"] = seed != 1 and path != "by_rows"
+            case = random_case(seed, batch, heads, n, dim, classes, **flags)
+            if seed == 3:  # so that the maximum moves from block to block
+                case = replace(case, bias=torch.linspace(0, 9, n, dtype=torch.float64).expand(heads, n))
+            yield case, 3 * 8 * batch * max(1, n // 3), ("wx", "wx", "w", "x")[seed]
+
+
+def check_path(path: str, triton: bool) -> None:
+    """Compare a path with the oracle on its ragged cases, in poisoned memory."""
+    for case, budget, routes in ragged_cases(path):
+        expected = by_reference(case, routes)
+        with poisoned():
+            found = by_path(case, path, triton, budget, routes)
+        assert_same(found, expected)

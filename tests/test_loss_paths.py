@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 import pytest
 
-from tests.loss_cases import assert_same, by_path, by_reference, random_case
+from tests.loss_cases import assert_same, by_path, by_reference, check_path, random_case
 
 SHARED = ("whole", "by_rows", "by_columns")
 
@@ -30,3 +30,15 @@ def test_shared_heads(path, seed, batch, heads, n, dim, budget, routes, **option
     if case.fit_to_features and routes == "x":
         routes = "wx"
     assert_same(by_path(case, path, False, budget, routes), by_reference(case, routes))
+
+
+@pytest.mark.parametrize(
+    ("path", "triton"),
+    [(path, triton) for path in SHARED for triton in (False, True)]
+    + [("by_class", False), ("grouped", True), ("tiny", True)],
+)
+def test_ragged_problems(path: str, triton: bool) -> None:
+    """The checks with which `test_mutations` finds planted faults."""
+    if triton:
+        pytest.importorskip("triton")
+    check_path(path, triton)

@@ -1,0 +1,124 @@
+"""Faults planted in the kernels: the checks that every path goes through must find each one.
+
+A mutation replaces one piece of text of one file; the package's other modules are imported anew on top of it, so that
+what is tested is the mutated code alone.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+import importlib.util
+from pathlib import Path
+import shutil
+import sys
+
+import pytest
+
+import rlp.kernels
+from tests.loss_cases import check_path
+
+pytest.importorskip("triton")
+KERNELS = Path(rlp.kernels.__file__).parent
+LASTING = {f"rlp.kernels.{name}" for name in ("ops", "problem", "reference", "loss")}
+"""Modules that stay as they are: what the checks themselves stand on, and the operators, which register once."""
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """``old`` becomes ``new`` in a file; ``path`` must then be found wrong."""
+
+    fault: str
+    file: str
+    old: str
+    new: str
+    path: str
+    triton: bool = True
+
+
+MUTATIONS = [
+    Mutation("padding columns count in the mean", "softmax_triton",
+             "tl.sum(tl.where(mask, z, 0.0), 1)", "tl.sum(tl.where(mask, z, 1.0), 1)", "whole"),
+    Mutation("the label is not left out of the sum", "softmax_triton",
+             'rest = tl.where(place == label[:, None], -float("inf"), z)', "rest = z", "whole"),
+    Mutation("the sum is not rescaled when the maximum moves", "softmax_triton",
+             "s = shrink * s + tl.sum(e, 1)", "s = s + tl.sum(e, 1)", "whole"),
+    Mutation("the entropy's sum misses the moved maximum", "softmax_triton",
+             "t = shrink * moved", "t = shrink * t", "whole"),
+    Mutation("the last block is read with the first one's mask", "softmax_triton",
+             "place = begin + tl.arange(0, BLOCK)[None, :]\n        mask = there[:, None] & (place < n)",
+             "place = begin + tl.arange(0, BLOCK)[None, :]\n        mask = there[:, None] & (place < n - 1)", "whole"),
+    Mutation("heads' stride forgotten", "softmax_triton",
+             "start = row * row_units * UNIT + head * head_units * UNIT", "start = row * row_units * UNIT", "whole"),
+    Mutation("a label before the piece counts as its first", "softmax_triton",
+             "tl.where((label >= 0) & (label < n), label, -1)", "tl.where(label < n, tl.maximum(label, 0), -1)",
+             "by_columns"),
+    Mutation("residual shifted by 1 / n", "softmax_triton", "/ (n - 1)", "/ n", "by_rows"),
+    Mutation("the mean's share taken of the piece's labels", "softmax_triton",
+             "_column(g_z_mean, part, there) / num_labels", "_column(g_z_mean, part, there) / n", "by_columns"),
+    Mutation("1 - p becomes p", "triton_math", "tl.exp(z_t - lse_rest)", "tl.exp(lse_rest - z_t)", "whole"),
+    Mutation("the label's own gradient has the wrong sign", "triton_math", "is_label, -1.0", "is_label, 1.0", "whole"),
+    Mutation("the entropy's gradient without its mean", "triton_math",
+             "+ entropy_rest)", ")", "whole"),
+    Mutation("every chunk starts the sum anew", "by_rows", "parts[:3]], start == 0", "parts[:3]], True", "by_rows"),
+    Mutation("the shift is not put back", "by_rows", "torch.addcmul(shift,", "torch.addcmul(0 * shift,", "by_rows"),
+    Mutation("pieces merged without their sizes", "by_columns", "(mean * count).sum(0) / count.sum()", "mean.mean(0)",
+             "by_columns", triton=False),
+    Mutation("the fit loss is summed, not averaged", "whole", "upstream.fit / problem.batch", "upstream.fit", "whole"),
+]  # fmt: skip
+
+
+@contextmanager
+def imported_from(folder: Path) -> Iterator[None]:
+    """The modules of `rlp.kernels`, but those that last, from another folder; back to the old ones at the end."""
+    before = {name: module for name, module in sys.modules.items() if name.startswith("rlp.kernels.")}
+    changing = {name: module for name, module in before.items() if name not in LASTING}
+    attributes, path = dict(vars(rlp.kernels)), rlp.kernels.__path__
+
+    def forget() -> None:
+        for name in [name for name in sys.modules if name.startswith("rlp.kernels.") and name not in LASTING]:
+            del sys.modules[name]
+            vars(rlp.kernels).pop(name.rpartition(".")[2], None)
+
+    forget()
+    rlp.kernels.__path__ = [str(folder)]
+    try:
+        yield
+    finally:
+        forget()
+        rlp.kernels.__path__ = path
+        sys.modules.update(changing)
+        vars(rlp.kernels).update(attributes)
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """The package's folder, to be changed."""
+    return Path(shutil.copytree(KERNELS, tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__")))
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.fault)
+def test_a_planted_fault_is_found(mutation: Mutation, copy: Path) -> None:
+    file = copy / f"{mutation.file}.py"
+    text = file.read_text("utf-8")
+    assert text.count(mutation.old) == 1, (
+        f"{mutation.file}.py holds the text to replace {text.count(mutation.old)} times"
+    )
+    file.write_text(text.replace(mutation.old, mutation.new), "utf-8")
+    with imported_from(copy):
+        assert importlib.util.find_spec(f"rlp.kernels.{mutation.file}").origin == str(file)  # pyright: ignore
+        with pytest.raises(AssertionError):
+            check_path(mutation.path, mutation.triton)
+
+
+@pytest.mark.parametrize(("path", "triton"), sorted({(mutation.path, mutation.triton) for mutation in MUTATIONS}))
+def test_without_a_fault_nothing_is_found(path: str, triton: bool, copy: Path) -> None:
+    with imported_from(copy):
+        check_path(path, triton)
+
+
+def test_the_old_modules_come_back(copy: Path) -> None:
+    from rlp.kernels import whole
+
+    with imported_from(copy):
+        assert sys.modules.get("rlp.kernels.whole") is None
+    assert sys.modules["rlp.kernels.whole"] is whole

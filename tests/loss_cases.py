@@ -178,8 +178,10 @@ def ragged_cases(path: str) -> Iterator[tuple[Case, int, str]]:
             flags = {"own_features": seed == 1, "has_bias": seed != 2, "fit_to_features": seed == 0}
             flags["entropy"] = seed != 1 and path != "by_rows"
             case = random_case(seed, batch, heads, n, dim, classes, **flags)
-            if seed == 3:  # so that the maximum moves from block to block
-                case = replace(case, bias=torch.linspace(0, 9, n, dtype=torch.float64).expand(heads, n))
+            if seed == 3:  # the maximum moves with the last block
+                case = replace(
+                    case, bias=torch.zeros(heads, n, dtype=torch.float64).index_fill(1, torch.tensor(n - 3), 8.0)
+                )
             yield case, 3 * 8 * batch * max(1, n // 3), ("wx", "wx", "w", "x")[seed]
 
 

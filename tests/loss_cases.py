@@ -185,10 +185,24 @@ def ragged_cases(path: str) -> Iterator[tuple[Case, int, str]]:
             yield case, 3 * 8 * batch * max(1, n // 3), ("wx", "wx", "w", "x")[seed]
 
 
-def check_path(path: str, triton: bool) -> None:
+def check_path(path: str, triton: bool, device: str = "cpu", dtype: torch.dtype = torch.float64) -> None:
     """Compare a path with the oracle on its ragged cases, in poisoned memory."""
+    tolerance = 1e-9 if dtype == torch.float64 else 32 * torch.finfo(dtype).eps
     for case, budget, routes in ragged_cases(path):
-        expected = by_reference(case, routes)
+        low = case.to(dtype)
+        expected = by_reference(low.to(torch.float64), routes)
         with poisoned():
-            found = by_path(case, path, triton, budget, routes)
-        assert_same(found, expected)
+            moved = replace(low.to(dtype, device), pull=case.pull.to(device, torch.promote_types(dtype, torch.float32)))
+            found = by_path(moved, path, triton, budget, routes)
+        assert_same(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """The vendor's products without TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -3,8 +3,9 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import pytest
+import torch
 
-from tests.loss_cases import assert_same, by_path, by_reference, check_path, random_case
+from tests.loss_cases import assert_same, by_path, by_reference, check_path, full_float32, random_case
 
 SHARED = ("whole", "by_rows", "by_columns")
 
@@ -32,13 +33,23 @@ def test_shared_heads(path, seed, batch, heads, n, dim, budget, routes, **option
     assert_same(by_path(case, path, False, budget, routes), by_reference(case, routes))
 
 
-@pytest.mark.parametrize(
-    ("path", "triton"),
-    [(path, triton) for path in SHARED for triton in (False, True)]
-    + [("by_class", False), ("grouped", True), ("tiny", True)],
-)
+EVERY = [(path, triton) for path in SHARED for triton in (False, True)]
+EVERY += [("by_class", False), ("grouped", True), ("tiny", True)]
+
+
+@pytest.mark.parametrize(("path", "triton"), EVERY)
 def test_ragged_problems(path: str, triton: bool) -> None:
     """The checks with which `test_mutations` finds planted faults."""
     if triton:
         pytest.importorskip("triton")
     check_path(path, triton)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("path", "triton"), EVERY)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_ragged_problems_on_a_gpu(path: str, triton: bool, dtype: torch.dtype) -> None:
+    if triton:
+        pytest.importorskip("triton")
+    with full_float32():
+        check_path(path, triton, "cuda", dtype)

@@ -5,7 +5,7 @@ statistics of its slice for all samples, piece by piece as the path `by_columns`
 exchanged and merged. No logit leaves its rank.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -138,19 +138,19 @@ def _check(
 
 
 @dataclass(frozen=True)
-class _Ranks:
-    """The ranks of a call, and the rows and labels that each has."""
+class Ranks:
+    """The ranks of a group, the rows that each has, and the labels."""
 
     group: Any
     rank: int
     batches: list[int]
-    labels: list[int]
+    labels: list[int] = field(default_factory=list)
 
     def gather(self, mine: Tensor) -> Tensor:
         """``[B, ...]`` of all ranks, in their order, from each one's ``[B_r, ...]``; the same bits everywhere."""
         if len(self.batches) == 1:
             return mine
-        every = _all_gather(self._padded(mine), self.group)
+        every = all_gather(self._padded(mine), self.group)
         return torch.cat([part[:rows] for part, rows in zip(every, self.batches, strict=True)])
 
     def own(self, joint: Tensor) -> Tensor:
@@ -172,14 +172,14 @@ class _Ranks:
         return torch.cat([rows, rows.new_zeros(most - len(rows), *rows.shape[1:])])
 
 
-def _all_gather(mine: Tensor, group: Any) -> Tensor:
+def all_gather(mine: Tensor, group: Any) -> Tensor:
     """``[W, ...]``: what each rank has."""
     every = mine.new_empty(dist.get_world_size(group), *mine.shape)
     dist.all_gather(list(every), mine, group=group)
     return every
 
 
-def _agree(facts: list[int], num_labels: int, group: Any, device: torch.device, mistake: UserError | None) -> _Ranks:
+def _agree(facts: list[int], num_labels: int, group: Any, device: torch.device, mistake: UserError | None) -> Ranks:
     """Exchange what the ranks were given; raise a UserError on all of them if it does not fit together."""
     alone = group is None and not (dist.is_available() and dist.is_initialized())
     every, rank = [facts], 0
@@ -188,7 +188,7 @@ def _agree(facts: list[int], num_labels: int, group: Any, device: torch.device, 
         if rank < 0:
             raise UserError("this process is not in the group; expected a call by the ranks of the group alone")
         if dist.get_world_size(group) > 1:
-            every = _all_gather(torch.tensor(facts, device=device), group).tolist()
+            every = all_gather(torch.tensor(facts, device=device), group).tolist()
     if mistake is not None:
         raise mistake
     good, batches, firsts, labels, *equal = map(list, zip(*every, strict=True))
@@ -200,7 +200,7 @@ def _agree(facts: list[int], num_labels: int, group: Any, device: torch.device, 
     _check_tiling([Shard(*pair) for pair in zip(firsts, labels, strict=True)], num_labels)
     if not sum(batches):
         raise UserError("no rank has a sample; expected at least one on one of them")
-    return _Ranks(group, rank, batches, labels)
+    return Ranks(group, rank, batches, labels)
 
 
 def _check_tiling(shards: list[Shard], num_labels: int) -> None:
@@ -223,7 +223,7 @@ class _ShardedLoss(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         target: Tensor,
-        ranks: _Ranks,
+        ranks: Ranks,
         options: tuple[torch.dtype, bool, bool, bool, int, bool],
     ) -> tuple[Tensor, ...]:
         """``(fit, z_t, lse_rest, z_mean, max_rest[, entropy_rest])``."""
@@ -261,16 +261,16 @@ class _ShardedLoss(torch.autograd.Function):
         return dx, found.weight, found.bias, None, None, None
 
 
-def _merge_slices(mine: Statistics, ranks: _Ranks) -> Statistics:
+def _merge_slices(mine: Statistics, ranks: Ranks) -> Statistics:
     """Statistics of whole heads from those of each rank's slice, the same bits on every rank."""
     if len(ranks.labels) == 1:
         return mine
-    every = _all_gather(torch.stack([part for part in mine if part is not None]), ranks.group)
+    every = all_gather(torch.stack([part for part in mine if part is not None]), ranks.group)
     return by_columns.merge([Statistics(*parts) for parts in every], ranks.labels)
 
 
 def _gather_upstream(
-    fit: Tensor | None, arriving: tuple[Tensor | None, ...], parts: list[Tensor], ranks: _Ranks
+    fit: Tensor | None, arriving: tuple[Tensor | None, ...], parts: list[Tensor], ranks: Ranks
 ) -> Upstream:
     """The statistics' gradients for all samples; a rank that has none sends zeros, for another may have some."""
     mine = [

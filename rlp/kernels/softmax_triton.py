@@ -21,20 +21,34 @@ from rlp.kernels.reference import Statistics
 from rlp.kernels.triton_math import logit_gradient_to_features, logit_gradient_to_weight
 
 
-class Launch(NamedTuple):
-    """A program's tile of `rows` segments by `block` logits, its warps, and how many blocks it loads ahead."""
+LOG2_E = tl.constexpr(1.4426950408889634)
+"""2 to a power is one instruction, and the multiplication one with the subtraction of the maximum."""
 
+
+class Launch(NamedTuple):
+    """A program's tile of ``[depth, rows, width]`` logits, warps, and blocks of ``depth * width`` loaded ahead.
+
+    The depth is what one thread holds of a segment: summed up before threads talk to each other.
+    """
+
+    depth: int
     rows: int
-    block: int
+    width: int
     warps: int
     stages: int
 
 
-def launch(n: int) -> Launch:
-    """For segments of n logits: 16 elements a thread, 4 loads of 16 bytes in float32, without a loop up to n = 8192."""
+def launch(n: int, wide: int) -> Launch:
+    """For segments of n logits loaded `wide` at a time: 16 or 32 to a thread, above 8192 in a loop.
+
+    With a segment of 10 to each thread, one of 100 to eight, and one of 1000 to a warp, threads talk little, and what
+    is done once for a segment is not done by many threads.
+    """
     block = min(triton.next_power_of_2(n), 8192)
-    tile = max(block, 2048)
-    return Launch(tile // block, block, warps=tile // 512, stages=3 if n > block else 1)
+    threads = max(block // 32, min(block // 16, 32), 1)  # of one segment
+    width = threads * min(wide, block // threads)
+    all_threads = max(threads, 128)
+    return Launch(block // width, all_threads // threads, width, all_threads // 32, stages=3 if n > block else 1)
 
 
 Strides = tuple[int, int]
@@ -78,6 +92,12 @@ def _label(target, segment, there, n):
 
 
 @triton.jit
+def _lanes(DEPTH: tl.constexpr, WIDTH: tl.constexpr):
+    """Places in a block ``[DEPTH, 1, WIDTH]``."""
+    return tl.arange(0, DEPTH)[:, None, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
+
+
+@triton.jit
 def _finite(x):
     """What to subtract before the exponential: 0 for an infinite maximum, with which ``inf - inf`` would be NaN."""
     return tl.where(tl.abs(x) == float("inf"), 0.0, x)
@@ -98,61 +118,65 @@ def statistics_kernel(
     row_units,
     head_units,
     UNIT: tl.constexpr,
+    DEPTH: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
     SINGLE: tl.constexpr,
     RESIDUAL: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Statistics ``[R, H]`` in one pass, online; with `RESIDUAL` a second one, of the program's own segments."""
+    BLOCK: tl.constexpr = DEPTH * WIDTH
     dtype = z_t.dtype.element_ty
     n = n_units * UNIT
     segment, there, row, head = _segments(tl.program_id(0) * ROWS, segments, heads, ROWS)
     start = row * row_units * UNIT + head * head_units * UNIT
     label = _label(target, segment, there, n)
-    own = logits + start[:, None]
     at_label = tl.load(logits + start + label, mask=label >= 0, other=-float("inf")).to(dtype)
+    own, known, mark = logits + start[None, :, None], there[None, :, None], label[None, :, None]
+    lane = _lanes(DEPTH, WIDTH)
 
-    # Of the logits other than the label's so far: maximum m, sum s of e^(z - m), sum t of (z - m) e^(z - m).
+    # Of the logits other than the label's so far: maximum m, sum s of e^(z - m), sum t of (z - m) e^(z - m) / log 2.
     m = tl.full([ROWS], -float("inf"), dtype)
-    s = tl.zeros([ROWS], dtype)
-    t = tl.zeros([ROWS], dtype)
-    total = tl.zeros([ROWS], dtype)
+    s = tl.zeros([ROWS, WIDTH], dtype)
+    t = tl.zeros([ROWS, WIDTH], dtype)
+    total = tl.zeros([ROWS, WIDTH], dtype)
     for begin in tl.range(0, BLOCK if SINGLE else n, BLOCK, num_stages=STAGES):
-        place = begin + tl.arange(0, BLOCK)[None, :]
-        mask = there[:, None] & (place < n)
-        z = tl.load(own + place, mask=mask, other=-float("inf")).to(dtype)
-        total += tl.sum(tl.where(mask, z, 0.0), 1)
-        rest = tl.where(place == label[:, None], -float("inf"), z)
-        peak = tl.maximum(m, tl.max(rest, 1))
-        base = _finite(peak)
-        shrink = tl.exp(m - base)
-        away = rest - base[:, None]
-        e = tl.exp(away)
-        if entropy_rest is not None:  # -1000 stands for minus infinity, whose product with e = 0 would be NaN
-            moved = t + tl.maximum(m - base, -1000.0) * s
-            t = shrink * moved + tl.sum(tl.maximum(away, -1000.0) * e, 1)
-        s = shrink * s + tl.sum(e, 1)
+        z = tl.load(own + begin + lane, mask=known & (lane < n - begin), other=0.0).to(dtype)
+        total += tl.sum(z, 0)
+        rest = tl.where((lane == mark - begin) | (lane >= n - begin), -float("inf"), z)
+        peak = tl.maximum(m, tl.max(tl.max(rest, 0), 1))
+        base = _finite(peak) * LOG2_E
+        moved = m * LOG2_E - base
+        shrink = tl.exp2(moved)[:, None]
+        away = rest * LOG2_E - base[None, :, None]
+        e = tl.exp2(away)
+        if entropy_rest is not None:  # -2000 stands for minus infinity, whose product with e = 0 would be NaN
+            t = shrink * (t + tl.maximum(moved, -2000.0)[:, None] * s) + tl.sum(tl.maximum(away, -2000.0) * e, 0)
+        s = shrink * s + tl.sum(e, 0)
         m = peak
-    lse = _finite(m) + tl.where(s == 0, -float("inf"), tl.log(tl.where(s == 0, 1.0, s)))
+    s = tl.sum(s, 1)
+    empty = s == 0
+    log_s = tl.where(empty, -float("inf"), tl.log(tl.where(empty, 1.0, s)))
+    lse = _finite(m) + log_s
 
     if RESIDUAL:  # backwards: what was read last is the likeliest to be in the cache still
-        share = tl.full([ROWS, 1], 1.0, dtype) / (n - 1)
-        base = tl.where(lse == -float("inf"), 0.0, lse)[:, None]
+        share = 1.0 / tl.full([], n - 1, dtype)
+        base = tl.where(empty, 0.0, lse * LOG2_E)[None, :, None]
         last = 0 if SINGLE else tl.cdiv(n, BLOCK) - 1
         for back in tl.range(0, last + 1, num_stages=STAGES):
-            place = (last - back) * BLOCK + tl.arange(0, BLOCK)[None, :]
-            mask = there[:, None] & (place < n)
-            z = tl.load(own + place, mask=mask, other=-float("inf")).to(dtype)
-            q = tl.where(place == label[:, None], -1.0, tl.exp(z - base)) - share
-            tl.store(own + place, q.to(logits.dtype.element_ty), mask=mask)
+            begin = (last - back) * BLOCK
+            mask = known & (lane < n - begin)
+            z = tl.load(own + begin + lane, mask=mask, other=0.0).to(dtype)
+            q = tl.where(lane == mark - begin, -1.0, tl.exp2(z * LOG2_E - base)) - share
+            tl.store(own + begin + lane, q.to(logits.dtype.element_ty), mask=mask)
 
     tl.store(z_t + segment, at_label, mask=there)
     tl.store(lse_rest + segment, lse, mask=there)
-    tl.store(z_mean + segment, total / n, mask=there)
+    tl.store(z_mean + segment, tl.sum(total, 1) * (1.0 / tl.full([], n, dtype)), mask=there)
     tl.store(max_rest + segment, tl.where(s == s, m, float("nan")), mask=there)  # a maximum passes over NaN
     if entropy_rest is not None:
-        entropy = tl.where(s == 0, 0.0, lse - _finite(m) - t / tl.where(s == 0, 1.0, s))
+        entropy = tl.where(empty, 0.0, log_s - tl.sum(t, 1) / tl.where(empty, 1.0, s) / LOG2_E)
         tl.store(entropy_rest + segment, entropy, mask=there)
 
 
@@ -179,25 +203,25 @@ def _statistics(logits: Tensor, target: Tensor, entropy: bool, residual: bool) -
     stats = Statistics(*(logits.new_empty((rows, heads), dtype=dtype) for _ in range(5 if entropy else 4)))
     if rows * heads == 0:
         return stats
-    shape = launch(n)
     inner, strides = _fold(rows, heads, [_strides(logits)])
     unit, sizes = _in_units(n, strides)
+    shape = launch(n, min(unit, 16 // logits.itemsize))
     with torch.cuda.device_of(logits):
         statistics_kernel[(triton.cdiv(rows * heads, shape.rows),)](
             logits, target.contiguous(), *stats, rows * heads, inner, *sizes,
-            UNIT=unit, ROWS=shape.rows, BLOCK=shape.block, SINGLE=n <= shape.block,
-            RESIDUAL=residual, STAGES=shape.stages, num_warps=shape.warps,
+            UNIT=unit, DEPTH=shape.depth, ROWS=shape.rows, WIDTH=shape.width,
+            SINGLE=n <= shape.depth * shape.width, RESIDUAL=residual, STAGES=shape.stages, num_warps=shape.warps,
         )  # fmt: skip
     return stats
 
 
 @triton.jit
 def _column(values, where, there):
-    """Values of a program's segments, zeros for None; ``[ROWS, 1]``."""
+    """Values of a program's segments, zeros for None; ``[1, ROWS, 1]``."""
     if values is None:
-        return tl.zeros([there.shape[0], 1], tl.float32)
+        return tl.zeros([1, there.shape[0], 1], tl.float32)
     else:
-        return tl.load(values + where, mask=there, other=0.0)[:, None]
+        return tl.load(values + where, mask=there, other=0.0)[None, :, None]
 
 
 @triton.jit(
@@ -229,24 +253,26 @@ def gradients_kernel(
     part_head,
     num_labels,
     UNIT: tl.constexpr,
+    DEPTH: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     """One tile of the gradients of the logits along one or both routes; None for what is not there."""
+    BLOCK: tl.constexpr = DEPTH * WIDTH
     n = n_units * UNIT
     blocks = tl.cdiv(n, BLOCK)
     tile = tl.program_id(0) // blocks
     segment, there, row, head = _segments(tile * ROWS, segments, heads, ROWS)
-    place = (tl.program_id(0) - tile * blocks) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    mask = there[:, None] & (place < n)
-    own = logits + (row * row_units * UNIT + head * head_units * UNIT)[:, None]
+    place = (tl.program_id(0) - tile * blocks) * BLOCK + _lanes(DEPTH, WIDTH)
+    mask = there[None, :, None] & (place < n)
+    own = logits + (row * row_units * UNIT + head * head_units * UNIT)[None, :, None]
     z = tl.load(own + place, mask=mask, other=0.0).to(z_t.dtype.element_ty)
-    is_label = place == _label(target, segment, there, n)[:, None]
+    is_label = place == _label(target, segment, there, n)[None, :, None]
 
     part = row * part_row + head * part_head
     lse = _column(lse_rest, part, there)
     lse = tl.where(lse == -float("inf"), -1e38, lse)  # all others are minus infinity, whose r shall be 0
-    out = (row * out_row_units * UNIT + head * out_head_units * UNIT)[:, None] + place
+    out = (row * out_row_units * UNIT + head * out_head_units * UNIT)[None, :, None] + place
     if to_weight is not None:
         dz = logit_gradient_to_weight(z, is_label, _column(z_t, part, there), lse)
         tl.store(to_weight + out, dz.to(to_weight.dtype.element_ty), mask=mask)
@@ -300,11 +326,11 @@ def gradients(
     )
     inner, (mine, theirs, others) = _fold(rows, heads, [_strides(logits), _strides(outputs[0]), part_strides])
     unit, sizes = _in_units(n, [mine, theirs])
-    shape = launch(n)
+    shape = launch(n, min(unit, 16 // logits.itemsize))
     with torch.cuda.device_of(logits):
-        gradients_kernel[(triton.cdiv(rows * heads, shape.rows) * triton.cdiv(n, shape.block),)](
+        gradients_kernel[(triton.cdiv(rows * heads, shape.rows) * triton.cdiv(n, shape.depth * shape.width),)](
             logits, target.contiguous(), *parts, *found, rows * heads, inner, *sizes, *others, num_labels,
-            UNIT=unit, ROWS=shape.rows, BLOCK=shape.block, num_warps=shape.warps,
+            UNIT=unit, DEPTH=shape.depth, ROWS=shape.rows, WIDTH=shape.width, num_warps=shape.warps,
         )  # fmt: skip
     return found[0], found[1]
 

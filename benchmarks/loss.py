@@ -232,10 +232,12 @@ def _memory(entry: Entry, run: Run, inputs: Inputs, device: torch.device) -> Row
     """Bytes while the contender alone is at work, and how many of them are neither inputs nor outputs."""
     if device.type != "cuda":
         return {"peak_bytes": None, "extra_bytes": None}
-    _free(device)
-    before = torch.cuda.memory_allocated(device)
     assert entry.call is not None
-    grown = (harness.peak_memory(entry.call, device) or 0) - before
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    entry.call()
+    _wait(device)
+    grown = torch.cuda.max_memory_allocated(device) - before
     weight, case = inputs.weight.nbytes, inputs.case
     outputs = 4 * case.heads * (1 + 4 * case.batch)
     outputs += weight * (entry.mode != "forward") + inputs.x.nbytes * (entry.mode in ("both", "adamw") or run.wants_x)

@@ -133,8 +133,8 @@ def least_work(case: Case, mode: str, touched: int) -> Work:
 def all_cases(device: torch.device, quick: bool) -> list[Case]:
     """The cases and sweeps for the kind of device; on a CPU small stand-ins, of A the full size."""
     if device.type == "cuda":
-        return _quickened(_CASES + _sweeps(4096, 512, 1024, 256, 100, torch.bfloat16), quick)
-    return _quickened(_CPU_CASES + _sweeps(128, 64, 128, 64, 10, torch.float32), quick)
+        return _quickened(_CASES + _sweeps((4096, 512), (1024, 256, 100, 100_000), torch.bfloat16), quick)
+    return _quickened(_CPU_CASES + _sweeps((128, 64), (128, 64, 10, 10_000), torch.float32), quick)
 
 
 def _quickened(cases: list[Case], quick: bool) -> list[Case]:
@@ -178,18 +178,23 @@ SWEEPS = {
 }
 
 
-def _sweeps(batch: int, dim: int, class_batch: int, class_dim: int, classes: int, dtype: torch.dtype) -> list[Case]:
+def _sweeps(shared: tuple[int, int], per_class: tuple[int, int, int, int], dtype: torch.dtype) -> list[Case]:
+    """The sweeps, for (B, D) of shared heads and (B, D, C, largest n) of heads per class.
+
+    The largest n is what memory holds: the composition gathers ``[B, n, D]``, several times.
+    """
+    (batch, dim), (class_batch, class_dim, classes, largest) = shared, per_class
     numbers = (2, 10, 100, 1000, 10_000, 100_000, 1_000_000)
     draws = (1, 4, 16, 64, 256, 1024)
     one = [Case("n", SWEEPS["n"], batch, dim, n, dtype=dtype, is_sweep=True) for n in numbers]
-    per_class = [
+    own = [
         Case("n-class", SWEEPS["n-class"], class_batch, class_dim, n, classes=classes, dtype=dtype, is_sweep=True)
         for n in numbers
-        if n * classes <= 10_000_000  # more weights than a GPU's memory holds with their gradients
+        if n <= largest
     ]
     many = [
         Case(f"H{n}", SWEEPS[f"H{n}"], batch, dim, n, heads=heads, dtype=dtype, is_sweep=True)
         for n in (10, 100)
         for heads in draws
     ]
-    return one + per_class + many
+    return one + own + many

@@ -75,6 +75,7 @@ def _draw(axes: "Axes", rows: Sequence[Row], colours: dict[str, str]) -> None:
     axes.set_title(
         f"{first['title']}\nB={first['batch']}, D={first['dim']}" + (f", {own[:-2]}" if own else ""), fontsize=9
     )
+    axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25, which="major")
     axes.spines[["top", "right"]].set_visible(False)
     _label(axes, ends)
@@ -86,10 +87,13 @@ def _label(axes: "Axes", ends: Sequence[tuple[str, str, float, float]]) -> None:
     to_share = axes.transLimits.transform  # of what the scale gives, not of the data
     scale = axes.transScale.transform
     wanted = sorted((float(to_share(scale((x, y)))[1]), name, colour, x, y) for name, colour, x, y in ends)
-    placed = -1.0
-    for share, name, colour, x, y in wanted:
-        placed = max(share, placed + LABEL_GAP)
+    heights = [share for share, *_ in wanted]
+    for place in range(1, len(heights)):  # upwards, then back down from the top edge
+        heights[place] = max(heights[place], heights[place - 1] + LABEL_GAP)
+    for place in reversed(range(len(heights))):
+        heights[place] = min(heights[place], 1 - LABEL_GAP * (len(heights) - 1 - place))
+    for height, (_, name, colour, x, y) in zip(heights, wanted, strict=True):
         axes.annotate(
-            name, (x, y), (1.03, placed), xycoords="data", textcoords="axes fraction", color=colour, fontsize=8,
+            name, (x, y), (1.03, height), xycoords="data", textcoords="axes fraction", color=colour, fontsize=8,
             va="center", arrowprops={"arrowstyle": "-", "color": colour, "alpha": 0.4, "linewidth": 0.7},
         )  # fmt: skip

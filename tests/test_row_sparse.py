@@ -150,7 +150,7 @@ def test_only_the_classes_of_the_batch_move(seed, rows, heads, classes, n, dim, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("heads", "classes", "n", "dim", "rows"),
-    [(1, 5, 37, 130, 2), (2, 9, 3, 5, 7), (1, 3, 300, 2, 20), (3, 1, 2, 1, 70), (2, 4, 33, 17, 3)],
+    [(1, 5, 37, 130, 2), (2, 9, 3, 5, 7), (1, 3, 300, 2, 50), (3, 1, 2, 1, 70), (2, 4, 33, 17, 3)],
 )
 def test_the_kernel_does_what_eager_code_does(dtype, heads, classes, n, dim, rows) -> None:
     """On several tiles, which fit nowhere; both kinds of optimiser."""
@@ -199,6 +199,8 @@ def test_a_saved_state_goes_on_to_the_bit(dtype) -> None:
     again = row_sparse(saved["parameters"])
     again.load_state_dict(saved["optimizer"])
     assert again.state[again.weight]["step"].dtype == torch.int64
+    again.state[again.weight]["step"] += 1
+    again.load_state_dict(saved["optimizer"])  # of which the first one has left nothing changed
     for part, other in zip(train(again, steps[STEPS:]), undisturbed, strict=True):
         assert torch.equal(part, other)
 
@@ -269,8 +271,8 @@ def test_the_loss_leaves_the_factors_of_the_gradient(seed, batch, heads, n, dim,
     assert_same(by_factors(case, "eager", routes), by_reference(case, routes))
 
 
-def test_half_precision_keeps_the_small_coefficients_of_a_large_batch() -> None:
-    """On the CPU the products are float32; the factors' types are theirs."""
+def test_half_precision() -> None:
+    """On the CPU the products are float32, and so are the factors."""
     case = random_case(1, 7, 2, 9, 4, classes=3).to(torch.float16)
     assert_same(by_factors(case, "eager"), by_reference(case.to(torch.float64)), 1e-2, 1e-2)
 

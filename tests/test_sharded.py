@@ -286,6 +286,12 @@ def test_a_process_alone_is_a_world_of_one() -> None:
     assert_same(alone(case, memory_budget=500), by_reference(case), 1e-10, 1e-10)
 
 
+def test_a_process_alone_with_triton() -> None:
+    pytest.importorskip("triton")
+    case = random_case(22, 5, 2, 23, 5, entropy=True, has_bias=False)
+    assert_same(alone(case, memory_budget=1500, impl="triton"), by_reference(case), 1e-10, 1e-10)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("impl", ["eager", "triton"])
 def test_a_process_alone_on_a_gpu(impl: str) -> None:

@@ -110,6 +110,7 @@ class _Loss(torch.autograd.Function):
 
 def _factors(problem: Problem, stats: Statistics, logits: Tensor, fit: Tensor) -> Factors:
     assert problem.order is not None
+    assert logits.shape == (problem.batch, problem.heads, problem.num_labels)
     nothing = Upstream(None, None, None, None, None)
     dz, _ = softmax_of(problem).gradients(
         logits, problem.target, stats, nothing, problem.num_labels, need_weight=True, need_features=False

@@ -20,7 +20,6 @@ from rlp.kernels.problem import Upstream
 from rlp.kernels.reference import Statistics
 from rlp.kernels.triton_math import logit_gradient_to_features, logit_gradient_to_weight
 
-
 LOG2_E = tl.constexpr(1.4426950408889634)
 """2 to a power is one instruction, and the multiplication one with the subtraction of the maximum."""
 
@@ -39,16 +38,18 @@ class Launch(NamedTuple):
 
 
 def launch(n: int, wide: int) -> Launch:
-    """For segments of n logits loaded `wide` at a time: 16 or 32 to a thread, above 8192 in a loop.
+    """For segments of n logits, loaded `wide` at a time: 16 or 32 logits to a thread; a loop above n = 8192.
 
     With a segment of 10 to each thread, one of 100 to eight, and one of 1000 to a warp, threads talk little, and what
-    is done once for a segment is not done by many threads.
+    is done once for a segment is not done by many threads. The large programs of the loop are few at a time, so that
+    `replace_by_residual` finds its segments in the cache again.
     """
     block = min(triton.next_power_of_2(n), 8192)
-    threads = max(block // 32, min(block // 16, 32), 1)  # of one segment
+    loop = n > block
+    threads = 512 if loop else max(block // 32, min(block // 16, 32), 1)  # of one segment
     width = threads * min(wide, block // threads)
     all_threads = max(threads, 128)
-    return Launch(block // width, all_threads // threads, width, all_threads // 32, stages=3 if n > block else 1)
+    return Launch(block // width, all_threads // threads, width, all_threads // 32, stages=2 if loop else 1)
 
 
 Strides = tuple[int, int]
@@ -85,16 +86,37 @@ def _segments(first, segments, heads, ROWS: tl.constexpr):
 
 
 @triton.jit
+def _offsets(first, segments, heads, row_units, head_units, UNIT: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr):
+    """Where the lines of a tile ``[DEPTH * ROWS, WIDTH]`` start, and which of them are there; both ``[DEPTH * ROWS, 1]``.
+
+    A tile is loaded and stored in two dimensions, in which all versions of Triton deal out lines to threads alike.
+    """
+    segment = first + tl.arange(0, DEPTH * ROWS) % ROWS
+    row, head = (segment // heads).to(tl.int64), (segment % heads).to(tl.int64)
+    return (row * row_units * UNIT + head * head_units * UNIT)[:, None], (segment < segments)[:, None]
+
+
+@triton.jit
+def _lanes(DEPTH: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Places of a tile's elements in their block, ``[DEPTH * ROWS, WIDTH]``."""
+    return (tl.arange(0, DEPTH * ROWS) // ROWS * WIDTH)[:, None] + tl.arange(0, WIDTH)[None, :]
+
+
+@triton.jit
+def _deep(tile, DEPTH: tl.constexpr):
+    return tl.reshape(tile, [DEPTH, tile.shape[0] // DEPTH, tile.shape[1]])
+
+
+@triton.jit
+def _flat(tile):
+    return tl.reshape(tile, [tile.shape[0] * tile.shape[1], tile.shape[2]])
+
+
+@triton.jit
 def _label(target, segment, there, n):
     """The labels' places, -1 where outside the piece."""
     label = tl.load(target + segment, mask=there, other=-1)
     return tl.where((label >= 0) & (label < n), label, -1).to(tl.int32)
-
-
-@triton.jit
-def _lanes(DEPTH: tl.constexpr, WIDTH: tl.constexpr):
-    """Places in a block ``[DEPTH, 1, WIDTH]``."""
-    return tl.arange(0, DEPTH)[:, None, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
 
 
 @triton.jit
@@ -133,8 +155,10 @@ def statistics_kernel(
     start = row * row_units * UNIT + head * head_units * UNIT
     label = _label(target, segment, there, n)
     at_label = tl.load(logits + start + label, mask=label >= 0, other=-float("inf")).to(dtype)
-    own, known, mark = logits + start[None, :, None], there[None, :, None], label[None, :, None]
-    lane = _lanes(DEPTH, WIDTH)
+    start, known = _offsets(tl.program_id(0) * ROWS, segments, heads, row_units, head_units, UNIT, DEPTH, ROWS)
+    lane, mark = _lanes(DEPTH, ROWS, WIDTH), label[None, :, None]
+    own = logits + start + lane
+    deep = _deep(lane, DEPTH)
 
     # Of the logits other than the label's so far: maximum m, sum s of e^(z - m), sum t of (z - m) e^(z - m) / log 2.
     m = tl.full([ROWS], -float("inf"), dtype)
@@ -142,9 +166,9 @@ def statistics_kernel(
     t = tl.zeros([ROWS, WIDTH], dtype)
     total = tl.zeros([ROWS, WIDTH], dtype)
     for begin in tl.range(0, BLOCK if SINGLE else n, BLOCK, num_stages=STAGES):
-        z = tl.load(own + begin + lane, mask=known & (lane < n - begin), other=0.0).to(dtype)
+        z = _deep(tl.load(own + begin, mask=known & (lane < n - begin), other=0.0), DEPTH).to(dtype)
         total += tl.sum(z, 0)
-        rest = tl.where((lane == mark - begin) | (lane >= n - begin), -float("inf"), z)
+        rest = tl.where((deep == mark - begin) | (deep >= n - begin), -float("inf"), z)
         peak = tl.maximum(m, tl.max(tl.max(rest, 0), 1))
         base = _finite(peak) * LOG2_E
         moved = m * LOG2_E - base
@@ -163,13 +187,12 @@ def statistics_kernel(
     if RESIDUAL:  # backwards: what was read last is the likeliest to be in the cache still
         share = 1.0 / tl.full([], n - 1, dtype)
         base = tl.where(empty, 0.0, lse * LOG2_E)[None, :, None]
-        last = 0 if SINGLE else tl.cdiv(n, BLOCK) - 1
-        for back in tl.range(0, last + 1, num_stages=STAGES):
-            begin = (last - back) * BLOCK
+        for back in tl.range(0, 1 if SINGLE else tl.cdiv(n, BLOCK), num_stages=STAGES):
+            begin = 0 if SINGLE else (tl.cdiv(n, BLOCK) - 1 - back) * BLOCK
             mask = known & (lane < n - begin)
-            z = tl.load(own + begin + lane, mask=mask, other=0.0).to(dtype)
-            q = tl.where(lane == mark - begin, -1.0, tl.exp2(z * LOG2_E - base)) - share
-            tl.store(own + begin + lane, q.to(logits.dtype.element_ty), mask=mask)
+            z = _deep(tl.load(own + begin, mask=mask, other=0.0), DEPTH).to(dtype)
+            q = tl.where(deep == mark - begin, -1.0, tl.exp2(z * LOG2_E - base)) - share
+            tl.store(own + begin, _flat(q.to(logits.dtype.element_ty)), mask=mask)
 
     tl.store(z_t + segment, at_label, mask=there)
     tl.store(lse_rest + segment, lse, mask=there)
@@ -258,24 +281,23 @@ def gradients_kernel(
     WIDTH: tl.constexpr,
 ):
     """One tile of the gradients of the logits along one or both routes; None for what is not there."""
-    BLOCK: tl.constexpr = DEPTH * WIDTH
     n = n_units * UNIT
-    blocks = tl.cdiv(n, BLOCK)
-    tile = tl.program_id(0) // blocks
-    segment, there, row, head = _segments(tile * ROWS, segments, heads, ROWS)
-    place = (tl.program_id(0) - tile * blocks) * BLOCK + _lanes(DEPTH, WIDTH)
-    mask = there[None, :, None] & (place < n)
-    own = logits + (row * row_units * UNIT + head * head_units * UNIT)[None, :, None]
-    z = tl.load(own + place, mask=mask, other=0.0).to(z_t.dtype.element_ty)
-    is_label = place == _label(target, segment, there, n)[None, :, None]
+    blocks = tl.cdiv(n, DEPTH * WIDTH)
+    first = tl.program_id(0) // blocks * ROWS
+    segment, there, row, head = _segments(first, segments, heads, ROWS)
+    start, known = _offsets(first, segments, heads, row_units, head_units, UNIT, DEPTH, ROWS)
+    place = tl.program_id(0) % blocks * (DEPTH * WIDTH) + _lanes(DEPTH, ROWS, WIDTH)
+    mask = known & (place < n)
+    z = _deep(tl.load(logits + start + place, mask=mask, other=0.0), DEPTH).to(z_t.dtype.element_ty)
+    is_label = _deep(place, DEPTH) == _label(target, segment, there, n)[None, :, None]
 
     part = row * part_row + head * part_head
     lse = _column(lse_rest, part, there)
     lse = tl.where(lse == -float("inf"), -1e38, lse)  # all others are minus infinity, whose r shall be 0
-    out = (row * out_row_units * UNIT + head * out_head_units * UNIT)[None, :, None] + place
+    out = place + _offsets(first, segments, heads, out_row_units, out_head_units, UNIT, DEPTH, ROWS)[0]
     if to_weight is not None:
         dz = logit_gradient_to_weight(z, is_label, _column(z_t, part, there), lse)
-        tl.store(to_weight + out, dz.to(to_weight.dtype.element_ty), mask=mask)
+        tl.store(to_weight + out, _flat(dz.to(to_weight.dtype.element_ty)), mask=mask)
     if to_features is not None:
         dz = logit_gradient_to_features(
             z,
@@ -287,7 +309,7 @@ def gradients_kernel(
             _column(g_z_mean, part, there) / num_labels,
             None if g_entropy_rest is None else _column(g_entropy_rest, part, there),
         )
-        tl.store(to_features + out, dz.to(to_features.dtype.element_ty), mask=mask)
+        tl.store(to_features + out, _flat(dz.to(to_features.dtype.element_ty)), mask=mask)
 
 
 def gradients(

@@ -55,7 +55,7 @@ def forward(problem: Problem) -> tuple[Statistics, Kept]:
         parts = []
         for piece in group:
             logits, _, _, target = _logits(problem, piece)
-            parts.append(softmax_of(problem).statistics(logits, target, problem.entropy))
+            parts.append(softmax_of(problem).statistics(logits, target, problem.entropy, keep=False))
         groups.append(merge(parts, [labels.stop - labels.start for _, labels in group]))
     joined = (None if parts[0] is None else torch.cat(parts, 1) for parts in zip(*groups, strict=True))
     return Statistics(*joined), ()  # pyright: ignore[reportArgumentType]
@@ -116,7 +116,9 @@ def _empty(problem: Problem) -> Gradients:
 def _add_piece(problem: Problem, piece: Piece, stats: Statistics, upstream: Upstream, totals: Gradients) -> None:
     heads, labels = piece
     logits, x, weight, target = _logits(problem, piece)
-    to_weight, to_features = softmax_of(problem).gradients(
+    softmax = softmax_of(problem)
+    softmax.again(logits, target, stats)
+    to_weight, to_features = softmax.gradients(
         logits, target, stats, upstream, problem.num_labels, problem.need_weight, problem.need_features
     )
     if totals.x is not None and to_features is not None:

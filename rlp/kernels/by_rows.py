@@ -61,11 +61,11 @@ def _head(problem: Problem, head: int, stats: list[Tensor], parts: Kept) -> None
     softmax, step = softmax_of(problem), rows_per_chunk(problem)
     for start in range(0, problem.batch, step):
         rows = slice(start, start + step)
-        residual = logits_of(x[rows], one, one_bias, problem.dtype)
-        found = softmax.replace_by_residual(residual, problem.target[rows, head : head + 1])
+        logits = logits_of(x[rows], one, one_bias, problem.logits_dtype)
+        found = softmax.replace_by_residual(logits, problem.target[rows, head : head + 1])
         for part, value in zip(stats, found, strict=False):
             part[rows, head : head + 1] = value
-        residual = residual.squeeze(1)
+        residual = logits.squeeze(1).to(problem.dtype)
         if problem.need_weight:
             _add_weight_gradient(residual, x[rows], found, [part[head : head + 1] for part in parts[:3]], start == 0)
         if mean_others is not None:

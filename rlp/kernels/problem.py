@@ -77,8 +77,11 @@ class Problem:
 
     @property
     def logits_dtype(self) -> torch.dtype:
-        """Type of logits in memory: not rounded where they are only read, so that no two are equal for that."""
-        return self.dtype if self.need_weight or self.need_features else self.stats_dtype
+        """Type of logits in memory: that of the products only where a kernel reads them for gradients.
+
+        Elsewhere they are not rounded: two that are only read shall not be equal for that.
+        """
+        return self.dtype if self.triton and (self.need_weight or self.need_features) else self.stats_dtype
 
 
 class Upstream(NamedTuple):

@@ -65,14 +65,16 @@ def add_product_(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 
 
 def weight_gradient(dz: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``[H, n, D]`` of ``dz [B, H, n]`` and ``x [B, D]`` or ``[B, H, D]``."""
+    """``[H, n, D]`` of ``dz [B, H, n]`` and ``x [B, D]`` or ``[B, H, D]``, multiplied in the type of x."""
+    dz = dz.to(x.dtype)
     if x.dim() == 2:
         return multiply(dz.flatten(1).T, x, dtype).unflatten(0, dz.shape[1:])
     return multiply(dz.permute(1, 2, 0), x.transpose(0, 1), dtype)
 
 
 def feature_gradient(dz: Tensor, weight: Tensor, shared: bool, dtype: torch.dtype) -> Tensor:
-    """``[B, D]`` (summed over heads, where they share the features) or ``[B, H, D]``."""
+    """``[B, D]`` (summed over heads, where they share the features) or ``[B, H, D]``, in the type of the weight."""
+    dz = dz.to(weight.dtype)
     if shared:
         return multiply(dz.flatten(1), weight.flatten(0, 1), dtype)
     return multiply(dz.transpose(0, 1), weight, dtype).transpose(0, 1)

@@ -1,12 +1,12 @@
 """Rows of logits to statistics and back, in Triton: the functions of `softmax_eager`, each a single launch.
 
 A *segment* is the row of n logits of one sample and one head. Small ones share a program, so that loads stay wide; a
-large one has a program of its own, which walks over it in blocks. Nothing about a launch depends on the number of
-segments, so that none depends on what else is in its batch.
+large one has a program of its own, which walks over it in blocks. The shape of a program does not depend on how many
+segments there are, so that no result depends on what else is in its batch.
 """
 
-# pyright: reportArgumentType=false, reportIndexIssue=false, reportAttributeAccessIssue=false
-# pyright: reportOptionalOperand=false, reportOptionalMemberAccess=false, reportCallIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+# (it takes a kernel for the Python function that it was)
 
 from math import gcd
 from typing import NamedTuple
@@ -25,9 +25,9 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 class Launch(NamedTuple):
-    """A program's tile of ``[depth, rows, width]`` logits, warps, and blocks of ``depth * width`` loaded ahead.
+    """A program's tile of ``[depth, rows, width]`` logits, its warps, and the stages of its loop over a segment.
 
-    The depth is what one thread holds of a segment: summed up before threads talk to each other.
+    A block of a segment, ``[depth, width]``, is summed up over the depth within each thread.
     """
 
     depth: int
@@ -41,15 +41,15 @@ def launch(n: int, wide: int) -> Launch:
     """For segments of n logits, loaded `wide` at a time: 16 or 32 logits to a thread; a loop above n = 8192.
 
     With a segment of 10 to each thread, one of 100 to eight, and one of 1000 to a warp, threads talk little, and what
-    is done once for a segment is not done by many threads. The large programs of the loop are few at a time, so that
-    `replace_by_residual` finds its segments in the cache again.
+    is done once for a segment is not done by many threads.
     """
-    block = min(triton.next_power_of_2(n), 8192)
-    loop = n > block
-    threads = 512 if loop else max(block // 32, min(block // 16, 32), 1)  # of one segment
+    if n > 8192:
+        return Launch(depth=16 // wide, rows=1, width=256 * wide, warps=8, stages=3)
+    block = 1 << (n - 1).bit_length()
+    threads = max(block // 32, min(block // 16, 32), 1)  # of one segment
     width = threads * min(wide, block // threads)
     all_threads = max(threads, 128)
-    return Launch(block // width, all_threads // threads, width, all_threads // 32, stages=2 if loop else 1)
+    return Launch(block // width, all_threads // threads, width, all_threads // 32, stages=1)
 
 
 Strides = tuple[int, int]
@@ -203,13 +203,17 @@ def statistics_kernel(
         tl.store(entropy_rest + segment, entropy, mask=there)
 
 
-def statistics(logits: Tensor, target: Tensor, entropy: bool) -> Statistics:
+def statistics(logits: Tensor, target: Tensor, entropy: bool, keep: bool = False) -> Statistics:
     """Statistics of logits ``[R, H, n]``, whose last dimension is contiguous, for ``target [R, H]``.
 
     The logits may be a piece of a head's: a target outside [0, n) then gives ``z_t = -inf``, and a piece that holds the
     target alone ``lse_rest = -inf`` and an entropy of 0. ``R * H`` is below 2^31; the number of logits need not be.
     """
     return _statistics(logits, target, entropy, residual=False)
+
+
+def again(logits: Tensor, target: Tensor, stats: Statistics) -> None:
+    """Nothing: `gradients` takes logits as they are."""
 
 
 def replace_by_residual(logits: Tensor, target: Tensor) -> Statistics:

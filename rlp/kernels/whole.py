@@ -22,15 +22,15 @@ def kept(problem: Problem) -> Kept:
         return ()
     shape = (problem.batch, problem.heads, problem.num_labels)
     if problem.x.dim() == 2:
-        return (problem.x.new_empty(shape, dtype=problem.dtype),)
-    return (problem.x.new_empty((shape[1], shape[0], shape[2]), dtype=problem.dtype).transpose(0, 1),)
+        return (problem.x.new_empty(shape, dtype=problem.logits_dtype),)
+    return (problem.x.new_empty((shape[1], shape[0], shape[2]), dtype=problem.logits_dtype).transpose(0, 1),)
 
 
 def forward(problem: Problem) -> tuple[Statistics, Kept]:
     """Logits by one product, statistics by one pass over them."""
     logits = logits_of(*operands(problem), problem.logits_dtype)
-    stats = softmax_of(problem).statistics(logits, problem.target, problem.entropy)
-    return stats, (logits,) if problem.need_weight or problem.need_features else ()
+    keep = problem.need_weight or problem.need_features
+    return softmax_of(problem).statistics(logits, problem.target, problem.entropy, keep), (logits,) if keep else ()
 
 
 def backward(problem: Problem, stats: Statistics, kept: Kept, upstream: Upstream) -> Gradients:

@@ -1,7 +1,7 @@
 """Rows of logits to statistics and back, in PyTorch: what `softmax_triton` does where there is no Triton.
 
-Works in place where it can, for on a CPU each pass over the logits counts. What it keeps of logits for the backward pass
-is ``r_j = exp(z_j - lse_rest)``, with 0 at the label.
+Works in place where it can, for on a CPU each pass over the logits counts. What it keeps of logits for the backward
+pass is ``r_j = exp(z_j - lse_rest)``, with 0 at the label.
 """
 
 import torch

@@ -34,8 +34,8 @@ def forward(problem: Problem) -> tuple[Statistics, Kept]:
         if problem.bias is not None:
             mine += problem.bias[head].to(problem.dtype)[order.classes[order.rows]]
         logits[order.rows, head] = mine
-    stats = softmax_of(problem).statistics(logits, problem.target, problem.entropy)
-    return stats, (logits,) if problem.need_weight or problem.need_features else ()
+    keep = problem.need_weight or problem.need_features
+    return softmax_of(problem).statistics(logits, problem.target, problem.entropy, keep), (logits,) if keep else ()
 
 
 def backward(problem: Problem, stats: Statistics, kept: Kept, upstream: Upstream) -> Gradients:

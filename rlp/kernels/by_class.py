@@ -1,10 +1,11 @@
 """Path `by_class`: heads of its own for each class, in PyTorch; the rows of one class after the other.
 
-On the CPU one `grouped_mm` serves all classes of a head; where it cannot, a loop over the classes that occur. Both know
-the number of rows of each class on the host, so that on a GPU this path waits for it: there `grouped` is the fast one.
+On the CPU one `grouped_mm` serves all classes of a head; where it cannot, a loop over the classes that occur. The host
+must know how many rows a class has, so that on a GPU this path waits for it: there `grouped` is the fast one.
 """
 
 from functools import cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -12,49 +13,52 @@ import torch.nn.functional as F
 
 from rlp.errors import UserError
 from rlp.kernels.problem import ClassOrder, Gradients, Kept, Problem, Upstream
-from rlp.kernels.products import multiply, normalised, scaled, softmax_of
+from rlp.kernels.products import multiply, softmax_of
 from rlp.kernels.reference import Statistics
 
 
 def kept(problem: Problem) -> Kept:
-    """The logits ``[B, H, n]``, if any gradient is wanted."""
+    """What is left of the logits ``[B, H, n]``, rows in the order of the classes, if any gradient is wanted."""
     if not (problem.need_weight or problem.need_features):
         return ()
-    shape = (problem.batch, problem.heads, problem.num_labels)
-    return (problem.x.new_empty(shape, dtype=problem.logits_dtype),)
+    return (problem.x.new_empty((problem.batch, problem.heads, problem.num_labels), dtype=problem.stats_dtype),)
 
 
 def forward(problem: Problem) -> tuple[Statistics, Kept]:
     """Logits head by head, statistics by one pass over them."""
     order = _checked(problem)
-    shape = (problem.batch, problem.heads, problem.num_labels)
-    logits = problem.x.new_empty(shape, dtype=problem.logits_dtype)
+    x, logits = problem.x[order.rows].to(problem.dtype), []
     for head in range(problem.heads):
-        mine = _rows_times(_sorted_features(problem, head), problem.weight[head].mT, order.offsets, logits.dtype)
+        mine = _rows_times(_of_head(x, head), problem.weight[head].mT, order.offsets, problem.stats_dtype)
         if problem.bias is not None:
             mine += problem.bias[head].to(problem.dtype)[order.classes[order.rows]]
-        logits[order.rows, head] = mine
+        logits.append(mine)
+    joined = _stacked(logits, 1)
     keep = problem.need_weight or problem.need_features
-    return softmax_of(problem).statistics(logits, problem.target, problem.entropy, keep), (logits,) if keep else ()
+    found = softmax_of(problem).statistics(joined, problem.target[order.rows], problem.entropy, keep)
+    back = order.rows.argsort()
+    stats = Statistics(*(None if part is None else part[back] for part in found))  # pyright: ignore[reportArgumentType]
+    return stats, (joined,) if keep else ()
 
 
 def backward(problem: Problem, stats: Statistics, kept: Kept, upstream: Upstream) -> Gradients:
-    """One pass over the logits, then for each head a product for each route."""
+    """One pass over what is kept, then for each head a product for each route; these in the type of the sums."""
     order = _checked(problem)
-    upstream, scale = normalised(upstream, problem.dtype)
+    arriving = Upstream(None, *(None if part is None else part[order.rows] for part in upstream[1:]))
+    found = Statistics(*(None if part is None else part[order.rows] for part in stats))  # pyright: ignore
     to_weight, to_features = softmax_of(problem).gradients(
-        kept[0], problem.target, stats, upstream, problem.num_labels, problem.need_weight, problem.need_features
-    )
+        kept[0], problem.target[order.rows], found, arriving, problem.num_labels, problem.need_weight,
+        problem.need_features,
+    )  # fmt: skip
     dx = dw = db = None
     if to_features is not None:
-        dx = scaled(_feature_gradient(problem, order, to_features), scale, problem.x.dtype)
+        dx = _feature_gradient(problem, order, to_features).to(problem.x.dtype)
     if to_weight is not None and upstream.fit is not None:
-        mean = upstream.fit / problem.batch
-        dw = _weight_gradient(problem, order, to_weight, mean).to(problem.weight.dtype)
+        to_weight *= (upstream.fit / problem.batch).unsqueeze(-1)
+        dw = _weight_gradient(problem, order, to_weight).to(problem.weight.dtype)
         if problem.bias is not None:
-            each = to_weight.transpose(0, 1).to(problem.stats_dtype) * mean[:, None, None]
-            shape = problem.bias.shape
-            db = each.new_zeros(shape).index_add_(1, order.classes, each).to(problem.bias.dtype)
+            sums = torch.zeros_like(problem.bias, dtype=problem.stats_dtype, memory_format=torch.contiguous_format)
+            db = sums.index_add_(1, order.classes[order.rows], to_weight.transpose(0, 1)).to(problem.bias.dtype)
     return Gradients(dx, dw, db)
 
 
@@ -67,37 +71,42 @@ def _checked(problem: Problem) -> ClassOrder:
     return order
 
 
-def _sorted_features(problem: Problem, head: int) -> Tensor:
-    """``[B, D]``: of one head, in the order of the classes."""
-    assert problem.order is not None
-    x = problem.x if problem.x.dim() == 2 else problem.x[:, head]
-    return x[problem.order.rows].to(problem.dtype)
+def _of_head(x: Tensor, head: int) -> Tensor:
+    """``[B, D]``."""
+    return x if x.dim() == 2 else x[:, head].contiguous()
 
 
-def _sorted_gradient(dz: Tensor, order: ClassOrder, head: int) -> Tensor:
-    """``[B, n]``: of one head, in the order of the classes; rows start at multiples of 16 bytes, as grouped_mm asks."""
-    mine = dz[order.rows, head]
+def _stacked(parts: list[Tensor], dim: int) -> Tensor:
+    """`torch.stack`, without a copy of a single part."""
+    return torch.stack(parts, dim) if len(parts) > 1 else parts[0].unsqueeze(dim)
+
+
+def _of_gradient(dz: Tensor, head: int) -> Tensor:
+    """``[B, n]``; rows start at multiples of 16 bytes, as grouped_mm asks."""
+    mine = dz[:, head]
     n = mine.shape[1]
     return F.pad(mine, (0, -n % 4))[:, :n] if n % 4 else mine
 
 
 def _feature_gradient(problem: Problem, order: ClassOrder, dz: Tensor) -> Tensor:
     """``[B, D]``, a sum over the heads, or ``[B, H, D]``."""
-    total = torch.zeros_like(problem.x, dtype=problem.stats_dtype, memory_format=torch.contiguous_format)
-    for head in range(problem.heads):
-        mine = _rows_times(_sorted_gradient(dz, order, head), problem.weight[head], order.offsets, total.dtype)
-        into = total if total.dim() == 2 else total[:, head]
-        into.index_add_(0, order.rows, mine)
-    return total
-
-
-def _weight_gradient(problem: Problem, order: ClassOrder, dz: Tensor, mean: Tensor) -> Tensor:
-    """``[H, C, n, D]``; zeros for the classes that are absent."""
     parts = [
-        _outer(_sorted_gradient(dz, order, head), _sorted_features(problem, head), order.offsets, factor)
-        for head, factor in enumerate(mean)
+        _rows_times(_of_gradient(dz, head), problem.weight[head], order.offsets, dz.dtype)
+        for head in range(problem.heads)
     ]
-    return torch.stack(parts) if len(parts) > 1 else parts[0].unsqueeze(0)
+    if problem.x.dim() == 3:
+        mine = _stacked(parts, 1)
+    else:
+        mine = parts[0]
+        for part in parts[1:]:
+            mine += part
+    return torch.empty_like(mine).index_copy_(0, order.rows, mine)
+
+
+def _weight_gradient(problem: Problem, order: ClassOrder, dz: Tensor) -> Tensor:
+    """``[H, C, n, D]``; zeros for the classes that are absent."""
+    x = problem.x[order.rows].to(dz.dtype)
+    return _stacked([_outer(_of_gradient(dz, h), _of_head(x, h), order.offsets) for h in range(problem.heads)], 0)
 
 
 # -- products ----------------------------------------------------------------------------------------------------
@@ -108,26 +117,24 @@ def _rows_times(a: Tensor, b: Tensor, offsets: Tensor, dtype: torch.dtype) -> Te
     if _can_group(a, b):
         return F.grouped_mm(a, b, offs=offsets[1:].int())
     product = a.new_empty((len(a), b.shape[2]), dtype=dtype)
-    for c, (start, end) in _occurring(offsets):
+    for c, start, end in _occurring(offsets):
         product[start:end] = multiply(a[start:end], b[c].to(a.dtype), dtype)
     return product
 
 
-def _outer(a: Tensor, b: Tensor, offsets: Tensor, factor: Tensor) -> Tensor:
-    """``[C, M, N]`` of ``a [B, M]`` and ``b [B, N]``: ``factor * a^T b`` over the rows of each class."""
+def _outer(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
+    """``[C, M, N]`` of ``a [B, M]`` and ``b [B, N]``: ``a^T b`` over the rows of each class."""
     if _can_group(a.T, b):
-        return F.grouped_mm(a.mul_(factor).T, b, offs=offsets[1:].int())
-    dtype = torch.promote_types(a.dtype, torch.float32)
-    product = a.new_zeros((len(offsets) - 1, a.shape[1], b.shape[1]), dtype=dtype)
-    for c, (start, end) in _occurring(offsets):
-        torch.mul(multiply(a[start:end].T, b[start:end], dtype), factor, out=product[c])
+        return F.grouped_mm(a.T, b, offs=offsets[1:].int())
+    product = a.new_zeros((len(offsets) - 1, a.shape[1], b.shape[1]))
+    for c, start, end in _occurring(offsets):
+        torch.mm(a[start:end].T, b[start:end], out=product[c])
     return product
 
 
-def _occurring(offsets: Tensor) -> list[tuple[int, tuple[int, int]]]:
+def _occurring(offsets: Tensor) -> list[tuple[int, int, int]]:
     """Number, first row and end of the classes that have rows."""
-    bounds = offsets.tolist()
-    return [(c, pair) for c, pair in enumerate(zip(bounds[:-1], bounds[1:], strict=True)) if pair[0] < pair[1]]
+    return [(c, start, end) for c, (start, end) in enumerate(pairwise(offsets.tolist())) if start < end]
 
 
 def _can_group(a: Tensor, b: Tensor) -> bool:

@@ -271,6 +271,12 @@ def test_the_loss_leaves_the_factors_of_the_gradient(seed, batch, heads, n, dim,
     assert_same(by_factors(case, "eager", routes), by_reference(case, routes))
 
 
+@pytest.mark.parametrize("options", [{"entropy": True}, {"own_features": True, "has_bias": False}])
+def test_the_loss_with_triton(options) -> None:
+    case = random_case(2, 9, 2, 17, 5, 3, **options)
+    assert_same(by_factors(case, "triton"), by_reference(case))
+
+
 def test_half_precision() -> None:
     """On the CPU the products are float32, and so are the factors."""
     case = random_case(1, 7, 2, 9, 4, classes=3).to(torch.float16)

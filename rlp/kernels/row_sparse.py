@@ -108,14 +108,17 @@ class _Loss(torch.autograd.Function):
         return (dx, *(None,) * 6)
 
 
-def _factors(problem: Problem, stats: Statistics, logits: Tensor, fit: Tensor) -> Factors:
+def _factors(problem: Problem, stats: Statistics, kept: Tensor, fit: Tensor) -> Factors:
+    """From what the path kept of the logits, whose rows lie in the order of the classes."""
     assert problem.order is not None
-    assert logits.shape == (problem.batch, problem.heads, problem.num_labels)
+    assert kept.shape == (problem.batch, problem.heads, problem.num_labels)
+    classes, rows, _ = problem.order
+    sorted_stats = Statistics(*(None if part is None else part[rows] for part in stats))  # pyright: ignore
     nothing = Upstream(None, None, None, None, None)
     dz, _ = softmax_of(problem).gradients(
-        logits, problem.target, stats, nothing, problem.num_labels, need_weight=True, need_features=False
+        kept, problem.target[rows], sorted_stats, nothing, problem.num_labels, need_weight=True, need_features=False
     )
     mean = (fit / problem.batch).unsqueeze(-1)
     # With 1 / B in it most of dz would vanish in float16.
     dtype = torch.float32 if problem.dtype == torch.float16 else problem.dtype
-    return Factors((dz * mean).to(dtype), problem.x.detach().to(problem.dtype).to(dtype), problem.order.classes)
+    return Factors((dz * mean).to(dtype), problem.x.detach()[rows].to(problem.dtype).to(dtype), classes[rows])

@@ -173,16 +173,18 @@ def ragged_cases(path: str) -> Iterator[tuple[Case, int, str]]:
     shapes = [(7, 3, 11, 5), (5, 2, 2, 19), (18, 1, 37, 33)]
     if path in ("whole", "by_rows", "by_columns"):
         shapes.append((2, 1, 8201, 3))  # more labels than a kernel's block
+    if path in ("by_class", "grouped"):
+        shapes.append((70, 1, 67, 9))  # more rows in a class than a kernel's block, and more labels
     for seed, (batch, heads, n, dim) in enumerate(shapes):
         for classes in numbers_of_classes:
             flags = {"own_features": seed == 1, "has_bias": seed != 2, "fit_to_features": seed == 0}
-            flags["entropy"] = seed != 1 and path != "by_rows"
+            flags["entropy"] = path != "by_rows" and (seed in (0, 2) or (seed == 3 and classes is None))
             case = random_case(seed, batch, heads, n, dim, classes, **flags)
-            if seed == 3:  # the maximum moves with the last block
+            if seed == 3 and classes is None:  # the maximum moves with the last block
                 case = replace(
                     case, bias=torch.zeros(heads, n, dtype=torch.float64).index_fill(1, torch.tensor(n - 3), 8.0)
                 )
-            yield case, 3 * 8 * batch * max(1, n // 3), ("wx", "wx", "w", "x")[seed]
+            yield case, 3 * 8 * batch * max(1, n // 3), ("wx", "wx", "w", "x" if classes is None else "wx")[seed]
 
 
 def check_path(path: str, triton: bool, device: str = "cpu", dtype: torch.dtype = torch.float64) -> None:

@@ -1,10 +1,34 @@
-"""The formulas that all Triton kernels share; the mathematics is in docs/kernels.md.
+# pyright: reportAttributeAccessIssue=false
+"""The formulas that all Triton kernels share, and the types they compute in; the mathematics is in docs/kernels.md.
 
 With ``r_j = exp(z_j - lse_rest)`` for j other than the label t, and ``1 - p = sigmoid(lse_rest - z_t)``.
 """
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+
+from rlp.kernels.problem import Problem
+
+TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
+BOOST = tl.constexpr(1024.0)
+"""Keeps coefficients of the weight gradient, at most 1, from vanishing in float16."""
+
+
+def dot_types(problem: Problem) -> dict[str, Any]:
+    """ACC, of sums; OPERAND, to which operands of products are rounded; DOT, in which they are multiplied; PRECISION.
+
+    DOT is another type than OPERAND in Triton's interpreter alone, which gets half precision wrong. A float32 product
+    takes three of TF32 where there are any, which is as good as float32 itself; it is never a single one.
+    """
+    acc, operand = TYPES[problem.stats_dtype], TYPES[problem.dtype]
+    if triton.knobs.runtime.interpret:
+        return {"ACC": acc, "OPERAND": operand, "DOT": acc, "PRECISION": "ieee"}
+    is_nvidia = triton.runtime.driver.active.get_current_target().backend == "cuda"
+    precision = "tf32x3" if is_nvidia and problem.dtype == torch.float32 else "ieee"
+    return {"ACC": acc, "OPERAND": operand, "DOT": operand, "PRECISION": precision}
 
 
 @triton.jit

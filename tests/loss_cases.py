@@ -173,6 +173,8 @@ def ragged_cases(path: str) -> Iterator[tuple[Case, int, str]]:
     shapes = [(7, 3, 11, 5), (5, 2, 2, 19), (18, 1, 37, 33)]
     if path in ("whole", "by_rows", "by_columns"):
         shapes.append((2, 1, 8201, 3))  # more labels than a kernel's block
+    if path == "tiny":
+        shapes[2] = (6, 1, 37, 130)  # more features than a tile of a row
     if path in ("by_class", "grouped"):
         shapes.append((70, 1, 67, 9))  # more rows in a class than a kernel's block, and more labels
     for seed, (batch, heads, n, dim) in enumerate(shapes):

@@ -79,6 +79,11 @@ MUTATIONS = [
     Mutation("rows of other classes in the weight gradient", "grouped_kernels",
              "there = position < end\n        row", "there = position < tl.minimum(end + 1, batch)\n        row",
              "grouped"),
+    Mutation("rows of all classes in the weight gradient", "tiny", "mask=mine, other=-1) == c\n",
+             "mask=mine, other=-1) >= 0\n", "tiny"),
+    Mutation("features of the first tile alone", "tiny", "at = begin + d", "at = d", "tiny"),
+    Mutation("the class's weight taken from class 0", "tiny", "tile = weight + c * w_class", "tile = weight", "tiny"),
+    Mutation("shared features' gradient of one head", "tiny", "range(heads if SHARED else 1)", "range(1)", "tiny"),
 ]  # fmt: skip
 
 

@@ -86,8 +86,8 @@ def _segments(first, segments, heads, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _offsets(first, segments, heads, row_units, head_units, UNIT: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr):
-    """Where the lines of a tile ``[DEPTH * ROWS, WIDTH]`` start, and which of them are there; both ``[DEPTH * ROWS, 1]``.
+def _lines(first, segments, heads, row_units, head_units, UNIT: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr):
+    """Where the lines of a tile ``[DEPTH * ROWS, WIDTH]`` start, and which are there; both ``[DEPTH * ROWS, 1]``.
 
     A tile is loaded and stored in two dimensions, in which all versions of Triton deal out lines to threads alike.
     """
@@ -155,8 +155,9 @@ def statistics_kernel(
     start = row * row_units * UNIT + head * head_units * UNIT
     label = _label(target, segment, there, n)
     at_label = tl.load(logits + start + label, mask=label >= 0, other=-float("inf")).to(dtype)
-    start, known = _offsets(tl.program_id(0) * ROWS, segments, heads, row_units, head_units, UNIT, DEPTH, ROWS)
+    start, known = _lines(tl.program_id(0) * ROWS, segments, heads, row_units, head_units, UNIT, DEPTH, ROWS)
     lane, mark = _lanes(DEPTH, ROWS, WIDTH), label[None, :, None]
+    log2_e = tl.full([], LOG2_E, dtype)
     own = logits + start + lane
     deep = _deep(lane, DEPTH)
 
@@ -170,10 +171,10 @@ def statistics_kernel(
         total += tl.sum(z, 0)
         rest = tl.where((deep == mark - begin) | (deep >= n - begin), -float("inf"), z)
         peak = tl.maximum(m, tl.max(tl.max(rest, 0), 1))
-        base = _finite(peak) * LOG2_E
-        moved = m * LOG2_E - base
+        base = _finite(peak) * log2_e
+        moved = tl.fma(m, log2_e, -base)
         shrink = tl.exp2(moved)[:, None]
-        away = rest * LOG2_E - base[None, :, None]
+        away = tl.fma(rest, log2_e, -base[None, :, None])
         e = tl.exp2(away)
         if entropy_rest is not None:  # -2000 stands for minus infinity, whose product with e = 0 would be NaN
             t = shrink * (t + tl.maximum(moved, -2000.0)[:, None] * s) + tl.sum(tl.maximum(away, -2000.0) * e, 0)
@@ -181,25 +182,26 @@ def statistics_kernel(
         m = peak
     s = tl.sum(s, 1)
     empty = s == 0
-    log_s = tl.where(empty, -float("inf"), tl.log(tl.where(empty, 1.0, s)))
-    lse = _finite(m) + log_s
+    some = tl.where(empty, 1.0, s)
+    log_s = tl.where(empty, -float("inf"), tl.log(some))
 
     if RESIDUAL:  # backwards: what was read last is the likeliest to be in the cache still
         share = 1.0 / tl.full([], n - 1, dtype)
-        base = tl.where(empty, 0.0, lse * LOG2_E)[None, :, None]
+        base, scale = (_finite(m) * log2_e)[None, :, None], (1.0 / some)[None, :, None]
         for back in tl.range(0, 1 if SINGLE else tl.cdiv(n, BLOCK), num_stages=STAGES):
             begin = 0 if SINGLE else (tl.cdiv(n, BLOCK) - 1 - back) * BLOCK
             mask = known & (lane < n - begin)
             z = _deep(tl.load(own + begin, mask=mask, other=0.0), DEPTH).to(dtype)
-            q = tl.where(deep == mark - begin, -1.0, tl.exp2(z * LOG2_E - base)) - share
+            r = tl.exp2(tl.fma(z, log2_e, -base)) * scale
+            q = tl.where(deep == mark - begin, -1.0, r) - share
             tl.store(own + begin, _flat(q.to(logits.dtype.element_ty)), mask=mask)
 
     tl.store(z_t + segment, at_label, mask=there)
-    tl.store(lse_rest + segment, lse, mask=there)
+    tl.store(lse_rest + segment, _finite(m) + log_s, mask=there)
     tl.store(z_mean + segment, tl.sum(total, 1) * (1.0 / tl.full([], n, dtype)), mask=there)
     tl.store(max_rest + segment, tl.where(s == s, m, float("nan")), mask=there)  # a maximum passes over NaN
     if entropy_rest is not None:
-        entropy = tl.where(empty, 0.0, log_s - tl.sum(t, 1) / tl.where(empty, 1.0, s) / LOG2_E)
+        entropy = tl.where(empty, 0.0, log_s - tl.sum(t, 1) / some / log2_e)
         tl.store(entropy_rest + segment, entropy, mask=there)
 
 
@@ -289,7 +291,7 @@ def gradients_kernel(
     blocks = tl.cdiv(n, DEPTH * WIDTH)
     first = tl.program_id(0) // blocks * ROWS
     segment, there, row, head = _segments(first, segments, heads, ROWS)
-    start, known = _offsets(first, segments, heads, row_units, head_units, UNIT, DEPTH, ROWS)
+    start, known = _lines(first, segments, heads, row_units, head_units, UNIT, DEPTH, ROWS)
     place = tl.program_id(0) % blocks * (DEPTH * WIDTH) + _lanes(DEPTH, ROWS, WIDTH)
     mask = known & (place < n)
     z = _deep(tl.load(logits + start + place, mask=mask, other=0.0), DEPTH).to(z_t.dtype.element_ty)
@@ -298,7 +300,7 @@ def gradients_kernel(
     part = row * part_row + head * part_head
     lse = _column(lse_rest, part, there)
     lse = tl.where(lse == -float("inf"), -1e38, lse)  # all others are minus infinity, whose r shall be 0
-    out = place + _offsets(first, segments, heads, out_row_units, out_head_units, UNIT, DEPTH, ROWS)[0]
+    out = place + _lines(first, segments, heads, out_row_units, out_head_units, UNIT, DEPTH, ROWS)[0]
     if to_weight is not None:
         dz = logit_gradient_to_weight(z, is_label, _column(z_t, part, there), lse)
         tl.store(to_weight + out, _flat(dz.to(to_weight.dtype.element_ty)), mask=mask)

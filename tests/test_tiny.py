@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 import triton  # noqa: F401  (this file is left out where it is missing)
 
-from rlp.kernels import ops
+from rlp.kernels import ops, tiny
 from rlp.kernels.loss import random_label_loss
 from rlp.kernels.problem import sort_by_class
 from rlp.losses import forget_penalty, uniform_penalty
@@ -20,11 +20,11 @@ from tests.loss_cases import Case, Outcome, assert_same, by_path, by_reference, 
 @settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
-    batch=st.integers(1, 13),
+    batch=st.integers(1, 17),
     heads=st.integers(1, 3),
     n=st.integers(2, 64),
     dim=st.integers(1, 40),
-    classes=st.sampled_from([None, 1, 2, 5]),
+    classes=st.sampled_from([None, 1, 2, 3, 5]),
     own_features=st.booleans(),
     has_bias=st.booleans(),
     entropy=st.booleans(),
@@ -58,19 +58,54 @@ def test_absent_classes_get_a_gradient_of_zero(classes: Tensor) -> None:
     assert torch.equal(found.dweight[:, absent], torch.zeros_like(found.dweight[:, absent]))
 
 
-def test_any_strides() -> None:
-    case = random_case(3, 6, 2, 7, 5, classes=3)
+def spread(tensor: Tensor) -> Tensor:
+    """The same values with NaN between and around them, the last two dimensions exchanged in memory."""
+    shape = tensor.mT.shape
+    wide = torch.full([2 * size + 1 for size in shape], torch.nan, dtype=tensor.dtype)
+    return wide[tuple(slice(1, None, 2) for _ in shape)].copy_(tensor.mT).mT
 
-    def strided(tensor: Tensor) -> Tensor:
-        wide = torch.full((*tensor.shape, 2), torch.nan, dtype=tensor.dtype)
-        wide[..., 0] = tensor
-        return wide[..., 0].mT.contiguous().mT if tensor.dim() > 2 else wide[..., 0]
 
-    target = case.target.T.contiguous().T
-    moved = replace(case, x=strided(case.x), weight=strided(case.weight), target=target)
-    assert_same(by_path(moved, "tiny", True), by_reference(case))
-    shared = replace(case, x=case.x[:1].expand(6, 5))
-    assert_same(by_path(shared, "tiny", True), by_reference(replace(case, x=case.x[:1].repeat(6, 1))))
+def results(case: Case) -> list[Tensor]:
+    """Fit loss, statistics and gradients of the case's very tensors; copies would lose their strides."""
+    assert case.bias is not None
+    x, weight, bias = (part.detach().requires_grad_() for part in (case.x, case.weight, case.bias))
+    fit, stats = ops.random_label_loss(
+        x, weight, bias, case.target, order_of(case), "tiny", False, x.dtype, False, True, True, 2**28, True
+    )
+    loss = fit.sum() + (stats.z_t * stats.lse_rest).sum() + stats.z_mean.square().sum()
+    return [fit, *stats[:4], *torch.autograd.grad(loss, (x, weight, bias))]
+
+
+@pytest.mark.parametrize("classes", [None, 3])
+@pytest.mark.parametrize("own_features", [False, True])
+def test_any_strides(classes: int | None, own_features: bool) -> None:
+    case = random_case(3, 6, 2, 7, 5, classes, own_features)
+    assert case.bias is not None
+    target = case.target.repeat_interleave(2, 0).T.contiguous().T[::2]
+    moved = replace(case, x=spread(case.x), weight=spread(case.weight), bias=spread(case.bias), target=target)
+    assert not any(part.is_contiguous() for part in (moved.x, moved.weight, moved.bias, target) if part is not None)
+    assert all(map(torch.equal, results(moved), results(case)))
+
+
+def test_expanded_inputs() -> None:
+    """One row for the whole batch, one weight for all heads, one list of labels."""
+    case = random_case(3, 6, 2, 7, 5)
+    names = ("x", "weight", "bias", "target")
+    expanded = {name: getattr(case, name)[:1].expand_as(getattr(case, name)) for name in names}
+    copied = {name: part.contiguous() for name, part in expanded.items()}
+    assert all(map(torch.equal, results(replace(case, **expanded)), results(replace(case, **copied))))
+
+
+@pytest.mark.parametrize("classes", [None, 3])
+def test_operands_are_rounded_as_under_autocast(classes: int | None) -> None:
+    """Of float32 inputs, in the kernel, to the very bits that half-precision inputs hold."""
+    low = random_case(12, 9, 2, 7, 5, classes).to(torch.float16)
+    low = replace(low, pull=low.pull.float())
+    jitter = [part * (1 + 2**-13) for part in (low.x.float(), low.weight.float())]  # less than half a step of float16
+    high = replace(low, x=jitter[0], weight=jitter[1], bias=None if low.bias is None else low.bias.float())
+    ours, theirs = in_type(high, torch.float16).named(), in_type(low, torch.float16).named()
+    for name, part in ours.items():
+        assert torch.equal(part.to(theirs[name].dtype), theirs[name]), name
 
 
 def relative_errors(found: Outcome, exact: Outcome) -> dict[str, float]:
@@ -106,13 +141,27 @@ def leaves(case: Case) -> tuple[Any, ...]:
     return tuple(None if part is None else part.clone().requires_grad_() for part in parts)
 
 
+def order_of(case: Case) -> list[Tensor]:
+    return [] if case.classes is None else list(sort_by_class(case.classes, case.weight.shape[1]))
+
+
 def arguments(case: Case) -> tuple[Any, ...]:
-    order = [] if case.classes is None else list(sort_by_class(case.classes, case.weight.shape[1]))
-    return *leaves(case), case.target, order, "tiny", False, case.x.dtype, case.entropy, True, True, 2**28, True
+    return (
+        *leaves(case),
+        case.target,
+        order_of(case),
+        "tiny",
+        False,
+        case.x.dtype,
+        case.entropy,
+        True,
+        True,
+        2**28,
+        True,
+    )
 
 
-@pytest.mark.parametrize("classes", [None, 2])
-@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize(("classes", "entropy"), [(None, False), (2, True)])
 def test_gradients_are_those_of_finite_differences(classes: int | None, entropy: bool) -> None:
     x, weight, bias, *rest = arguments(random_case(5, 2, 2, 3, 2, classes, entropy=entropy))
 
@@ -160,21 +209,47 @@ def test_two_backward_passes_through_one_forward() -> None:
     assert all(torch.equal(part.grad, 2 * first) for first, part in zip(once, inputs[:3], strict=True))
 
 
-def test_classes_and_labels_out_of_range_show_in_the_loss() -> None:
-    """And touch nothing else: nobody looks at values on a GPU."""
+@pytest.mark.parametrize("wrong", [-1, 2, 2**40])
+def test_a_class_out_of_range_makes_its_row_nan_and_has_no_gradient(wrong: int) -> None:
+    """Nobody looks at values on a GPU; other rows stay as they are, bit for bit."""
     case = random_case(10, 4, 1, 5, 3, classes=2)
     assert case.classes is not None
-    classes = case.classes.clone()
-    classes[1] = 7
+    there = torch.tensor([0, 2, 3])
     with poisoned():
-        found = by_path(replace(case, classes=classes), "tiny", True)
-    assert found.stats.z_t[1].isnan().all()
-    assert found.stats.z_t[[0, 2, 3]].isfinite().all()
-    target = case.target.clone()
-    target[2] = 5
-    fit, stats = random_label_loss(case.x, case.weight, case.bias, target, case.classes, impl="triton")
-    assert fit.isinf().all()
-    assert stats.z_t[[0, 1, 3]].isfinite().all()
+        found = by_path(replace(case, classes=case.classes.index_fill(0, torch.tensor(1), wrong)), "tiny", True)
+    rest = replace(case, x=case.x[there], target=case.target[there], classes=case.classes[there],
+                   pull=case.pull[:, there])  # fmt: skip
+    expected = by_path(rest, "tiny", True)
+    for name in ("z_t", "lse_rest", "z_mean", "max_rest"):
+        ours = found.named()[name]
+        assert ours[1].isnan().all(), name
+        assert torch.equal(ours[there], expected.named()[name]), name
+    assert found.dx is not None
+    assert expected.dx is not None
+    assert torch.equal(found.dx[1], torch.zeros(3, dtype=torch.float64))
+    assert torch.equal(found.dx[there], expected.dx)
+    assert found.dweight is not None
+    assert expected.dweight is not None
+    pull = case.pull[0].mean(), case.pull[0, there].mean()  # gradients of two means, over 4 rows and over 3
+    torch.testing.assert_close(found.dweight * 4 / pull[0], expected.dweight * 3 / pull[1])
+
+
+def test_a_label_out_of_range_shows_in_the_loss() -> None:
+    case = random_case(10, 4, 1, 5, 3, classes=2)
+    for wrong in (-1, 5, 40):
+        target = case.target.index_fill(0, torch.tensor(2), wrong)
+        fit, stats = random_label_loss(case.x, case.weight, case.bias, target, case.classes, impl="triton")
+        assert fit.isinf().all()
+        assert stats.z_t[2].isneginf().all()
+        assert stats.z_t[[0, 1, 3]].isfinite().all()
+
+
+def test_programs_of_the_weight_gradient() -> None:
+    """Enough for the SMs where there is that much work at all."""
+    for heads, dim, least in ((8, 256, 64), (100, 256, 132), (1, 512, 16)):
+        rows = tiny.launch(10, dim, heads)[1]
+        assert heads * -(-dim // rows["GRADIENT_D"]) >= least
+        assert 64 <= rows["ROWS"] <= 128
 
 
 # -- on a GPU ----------------------------------------------------------------------------------------------------
@@ -204,12 +279,11 @@ def test_every_bit_again(classes: int | None) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("classes", [None, 100])
 def test_in_a_cuda_graph(classes: int | None) -> None:
-    case = large(classes)
-    x, weight, bias = leaves(case)
+    inputs = arguments(large(classes))  # the sort of the classes is no part of the path
 
     def step() -> list[Tensor]:
-        fit, stats = random_label_loss(x, weight, bias, case.target, case.classes, impl="triton")
-        return list(torch.autograd.grad(fit.sum() + forget_penalty(stats).mean(), (x, weight, bias)))
+        fit, stats = ops.random_label_loss(*inputs)
+        return list(torch.autograd.grad(fit.sum() + forget_penalty(stats).mean(), inputs[:3]))
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -27,47 +27,56 @@ def kept(problem: Problem) -> Kept:
     return (problem.x.new_empty(shape if needed else 0, dtype=problem.stats_dtype),)
 
 
-def launch(n: int, dim: int) -> dict[str, Any]:
-    """Tiles of 4096 weights or less for one row."""
-    labels = max(16, triton.next_power_of_2(n))
-    padded = max(16, triton.next_power_of_2(dim))
-    return {"LABELS": labels, "BLOCK_D": min(padded, 4096 // labels), "num_warps": 4}
+SMS = 132
+"""Of an H100 or H200: with fewer programs some of them would have nothing to do."""
 
 
-ROWS = 64
-"""That a program of the weight gradient looks through at a time."""
-GRADIENT_D = 64
-"""Features of its tile, at most: few, so that there are many programs."""
+def launch(n: int, dim: int, heads: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Parameters of both kernels, and those that the backward kernel has besides; `heads` counts all classes' heads.
+
+    A row's tile holds 4096 weights or less. A program of the weight gradient looks through ROWS rows at a time. Where
+    there would be too few of them each takes fewer features and, if registers suffice, more rows; where there are many,
+    more programs at a time on an SM count for more.
+    """
+    labels, padded = max(16, triton.next_power_of_2(n)), max(16, triton.next_power_of_2(dim))
+    few = heads * triton.cdiv(dim, 64) < SMS
+    return (
+        {"LABELS": labels, "BLOCK_D": min(padded, 4096 // labels), "num_warps": 4},
+        {"ROWS": 128 if few and labels == 16 else 64, "GRADIENT_D": min(padded, 32 if few else 64)},
+    )
 
 
 def forward(problem: Problem) -> tuple[Statistics, Kept]:
     """One launch."""
     shape, dtype = (problem.batch, problem.heads), problem.stats_dtype
     stats = Statistics(*(problem.x.new_empty(shape, dtype=dtype) for _ in range(5 if problem.entropy else 4)))
-    result = kept(problem)
+    result, types = kept(problem), dot_types(problem)
     weight = _by_class(problem, problem.weight)
     bias = None if problem.bias is None else _by_class(problem, problem.bias)
     with torch.cuda.device_of(problem.x):
-        forward_kernel[shape](
+        forward_kernel[(shape[0] * shape[1],)](
             problem.x, weight, bias, problem.target, _classes(problem), *stats,
             result[0] if result[0].numel() else None, *_sizes(problem), *_strides(problem), *weight.stride(),
-            *_bias_strides(bias), ACC=dot_types(problem)["ACC"], OPERAND=dot_types(problem)["OPERAND"],
-            **launch(problem.num_labels, problem.dim),
+            *_bias_strides(bias), ACC=types["ACC"], OPERAND=types["OPERAND"], **_launch(problem)[0],
         )  # fmt: skip
     return stats, result
 
 
 def backward(problem: Problem, stats: Statistics, kept: Kept, upstream: Upstream) -> Gradients:
-    """One launch for both routes: first the programs of the weight gradient, then those of the features'."""
+    """One launch for both routes: first the programs of the weight gradient, then those of the features'.
+
+    Upstream gradients that a sum or a mean has expanded are copied first, a small launch each; dense ones are not.
+    """
     to_weight = problem.need_weight and upstream.fit is not None
     to_features = problem.need_features and upstream.reaches_features
-    shape = launch(problem.num_labels, problem.dim)
-    gradient_d = min(GRADIENT_D, max(16, triton.next_power_of_2(problem.dim)))
+    shape, of_weight = _launch(problem)
     dw = problem.weight.new_empty(problem.weight.shape) if to_weight else None
     db = problem.bias.new_empty(problem.bias.shape) if to_weight and problem.bias is not None else None
     dx = problem.x.new_empty(problem.x.shape) if to_features else None
     weight = _by_class(problem, problem.weight)
-    weight_programs = problem.heads * weight.shape[1] * triton.cdiv(problem.dim, gradient_d) if to_weight else 0
+    weight_programs = (
+        problem.heads * weight.shape[1] * triton.cdiv(problem.dim, of_weight["GRADIENT_D"]) if to_weight else 0
+    )
     rows = problem.batch * (1 if problem.x.dim() == 2 else problem.heads)
     feature_programs = rows * triton.cdiv(problem.dim, shape["BLOCK_D"]) if to_features else 0
     if weight_programs + feature_programs == 0:
@@ -77,7 +86,7 @@ def backward(problem: Problem, stats: Statistics, kept: Kept, upstream: Upstream
             kept[0], problem.x, weight, problem.target, _classes(problem), stats.z_t, stats.lse_rest,
             stats.entropy_rest, *(None if part is None else part.contiguous() for part in upstream), dw, db, dx,
             weight_programs, problem.batch, *_sizes(problem), *_strides(problem), *weight.stride(),
-            SHARED=problem.x.dim() == 2, ROWS=ROWS, GRADIENT_D=gradient_d, **dot_types(problem), **shape,
+            SHARED=problem.x.dim() == 2, **dot_types(problem), **shape, **of_weight,
         )  # fmt: skip
     return Gradients(dx, dw, db)
 
@@ -94,6 +103,11 @@ def _classes(problem: Problem) -> Tensor | None:
 def _sizes(problem: Problem) -> tuple[int, ...]:
     classes = 1 if problem.order is None else problem.weight.shape[1]
     return problem.heads, classes, problem.num_labels, problem.dim
+
+
+def _launch(problem: Problem) -> tuple[dict[str, Any], dict[str, Any]]:
+    heads, classes, n, dim = _sizes(problem)
+    return launch(n, dim, heads * classes)
 
 
 def _strides(problem: Problem) -> tuple[int, ...]:
@@ -124,10 +138,10 @@ def forward_kernel(
     ACC: tl.constexpr, OPERAND: tl.constexpr, LABELS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Logits and statistics of one row and head."""
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    row, head = (tl.program_id(0) // heads).to(tl.int64), (tl.program_id(0) % heads).to(tl.int64)
     c, has_class = _class_of(classes_of, row, classes)
     label = tl.load(target + row * t_row + head * t_head)
-    j, d = tl.arange(0, LABELS), tl.arange(0, BLOCK_D)
+    j, d = tl.arange(0, LABELS), tl.arange(0, BLOCK_D).to(tl.int64)
     known = (j < n) & has_class
     source = x + row * x_row + head * x_head
     tile = weight + head * w_head + c * w_class + (j.to(tl.int64) * w_label)[:, None]
@@ -139,7 +153,7 @@ def forward_kernel(
         total += w.to(OPERAND).to(ACC) * part.to(OPERAND).to(ACC)[None, :]
     z = tl.sum(total, 1)
     if bias is not None:
-        shift = tl.load(bias + head * b_head + c * b_class + j * b_label, mask=known, other=0.0)
+        shift = tl.load(bias + head * b_head + c * b_class + j.to(tl.int64) * b_label, mask=known, other=0.0)
         z += shift.to(OPERAND).to(ACC)
     z = tl.where(has_class, z, float("nan"))
     one = row * heads + head
@@ -158,9 +172,7 @@ def forward_kernel(
     tl.store(z_mean + one, tl.sum(tl.where(j < n, z, 0.0), 0) / n)
     tl.store(max_rest + one, tl.where(s == s, peak, float("nan")))  # a maximum passes over NaN
     if entropy_rest is not None:
-        spread = tl.sum(
-            tl.maximum(rest - base, -1000.0) * e, 0
-        )  # instead of minus infinity, whose product would be NaN
+        spread = tl.sum(tl.maximum(rest - base, -1000.0) * e, 0)  # minus infinity times 0 would be NaN
         tl.store(entropy_rest + one, tl.log(s) - spread / s)
 
 
@@ -184,7 +196,7 @@ def _weight_gradient(
     tiles = tl.cdiv(dim, GRADIENT_D)
     tile, c = program % tiles, program // tiles % classes
     head = (program // tiles // classes).to(tl.int64)
-    j, d = tl.arange(0, LABELS), tile * GRADIENT_D + tl.arange(0, GRADIENT_D)
+    j, d = tl.arange(0, LABELS), tile * GRADIENT_D + tl.arange(0, GRADIENT_D).to(tl.int64)
     total = tl.zeros([LABELS, GRADIENT_D], ACC)
     total_bias = tl.zeros([LABELS], ACC)
     for begin in range(0, batch, ROWS):
@@ -221,7 +233,7 @@ def _feature_gradient(
 ):  # fmt: skip
     """Some features of one row: a sum over the heads, or of one head where each has features of its own."""
     tiles = tl.cdiv(dim, BLOCK_D)
-    j, d = tl.arange(0, LABELS), program % tiles * BLOCK_D + tl.arange(0, BLOCK_D)
+    j, d = tl.arange(0, LABELS), program % tiles * BLOCK_D + tl.arange(0, BLOCK_D).to(tl.int64)
     line = (program // tiles).to(tl.int64)  # of dx
     row = line if SHARED else line // heads
     c, has_class = _class_of(classes_of, row, classes)

@@ -293,7 +293,7 @@ def test_what_is_not_finite_shows(name: str) -> None:
 @pytest.mark.parametrize("n", [10, 100, 1000, 9001])
 @pytest.mark.parametrize("scale", [1e-2, 1.0, 10.0])
 def test_low_precision_is_as_good_as_in_pytorch(dtype: torch.dtype, n: int, scale: float) -> None:
-    rows, heads = 6, 2
+    rows, heads = 2 if n > 1000 else 6, 2
     logits, target = (scale * normal(9, rows, heads, n)).to(dtype), labels(9, rows, heads, n)
     upstream = upstream_of(10, rows, heads, dtype=torch.float32)
 

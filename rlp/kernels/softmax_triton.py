@@ -22,6 +22,8 @@ from rlp.kernels.triton_math import logit_gradient_to_features, logit_gradient_t
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 """2 to a power is one instruction, and the multiplication one with the subtraction of the maximum."""
+LOWEST = tl.constexpr(-2e38)
+"""Stands for a maximum of minus infinity, which taken off minus infinity would be NaN."""
 
 
 class Launch(NamedTuple):
@@ -119,12 +121,6 @@ def _label(target, segment, there, n):
     return tl.where((label >= 0) & (label < n), label, -1).to(tl.int32)
 
 
-@triton.jit
-def _finite(x):
-    """What to subtract before the exponential: 0 for an infinite maximum, with which ``inf - inf`` would be NaN."""
-    return tl.where(tl.abs(x) == float("inf"), 0.0, x)
-
-
 @triton.jit(do_not_specialize=["segments", "n_units", "row_units", "head_units"])  # `UNIT` says what matters of these
 def statistics_kernel(
     logits,
@@ -161,8 +157,11 @@ def statistics_kernel(
     own = logits + start + lane
     deep = _deep(lane, DEPTH)
 
-    # Of the logits other than the label's so far: maximum m, sum s of e^(z - m), sum t of (z - m) e^(z - m) / log 2.
-    m = tl.full([ROWS], -float("inf"), dtype)
+    # Of the logits other than the label's so far: maximum m; base, m / log 2 as rounded; sum s of 2^(z / log 2 - base),
+    # and sum t of the same times its exponent. The base's rounding is in all terms alike. It moves with the maximum
+    # only: a step by the rounding of a product, which a fused multiply-add would see, would spoil s block by block.
+    m = tl.full([ROWS], LOWEST, dtype)
+    base = tl.full([ROWS], LOWEST, dtype)
     s = tl.zeros([ROWS, WIDTH], dtype)
     t = tl.zeros([ROWS, WIDTH], dtype)
     total = tl.zeros([ROWS, WIDTH], dtype)
@@ -170,36 +169,37 @@ def statistics_kernel(
         z = _deep(tl.load(own + begin, mask=known & (lane < n - begin), other=0.0), DEPTH).to(dtype)
         total += tl.sum(z, 0)
         rest = tl.where((deep == mark - begin) | (deep >= n - begin), -float("inf"), z)
-        peak = tl.maximum(m, tl.max(tl.max(rest, 0), 1))
-        base = _finite(peak) * log2_e
-        moved = tl.fma(m, log2_e, -base)
+        peak = tl.max(tl.max(rest, 0), 1)
+        m, last = tl.maximum(m, peak), base
+        base = tl.maximum(last, peak * log2_e)
+        moved = last - base
         shrink = tl.exp2(moved)[:, None]
         away = tl.fma(rest, log2_e, -base[None, :, None])
         e = tl.exp2(away)
         if entropy_rest is not None:  # -2000 stands for minus infinity, whose product with e = 0 would be NaN
             t = shrink * (t + tl.maximum(moved, -2000.0)[:, None] * s) + tl.sum(tl.maximum(away, -2000.0) * e, 0)
         s = shrink * s + tl.sum(e, 0)
-        m = peak
     s = tl.sum(s, 1)
     empty = s == 0
     some = tl.where(empty, 1.0, s)
-    log_s = tl.where(empty, -float("inf"), tl.log(some))
+    log_s = tl.log(some)
 
     if RESIDUAL:  # backwards: what was read last is the likeliest to be in the cache still
         share = 1.0 / tl.full([], n - 1, dtype)
-        base, scale = (_finite(m) * log2_e)[None, :, None], (1.0 / some)[None, :, None]
+        scale = (1.0 / some)[None, :, None]
         for back in tl.range(0, 1 if SINGLE else tl.cdiv(n, BLOCK), num_stages=STAGES):
             begin = 0 if SINGLE else (tl.cdiv(n, BLOCK) - 1 - back) * BLOCK
             mask = known & (lane < n - begin)
             z = _deep(tl.load(own + begin, mask=mask, other=0.0), DEPTH).to(dtype)
-            r = tl.exp2(tl.fma(z, log2_e, -base)) * scale
+            r = tl.exp2(tl.fma(z, log2_e, -base[None, :, None])) * scale
             q = tl.where(deep == mark - begin, -1.0, r) - share
             tl.store(own + begin, _flat(q.to(logits.dtype.element_ty)), mask=mask)
 
     tl.store(z_t + segment, at_label, mask=there)
-    tl.store(lse_rest + segment, _finite(m) + log_s, mask=there)
+    tl.store(lse_rest + segment, tl.where(empty, -float("inf"), m + log_s), mask=there)
     tl.store(z_mean + segment, tl.sum(total, 1) * (1.0 / tl.full([], n, dtype)), mask=there)
-    tl.store(max_rest + segment, tl.where(s == s, m, float("nan")), mask=there)  # a maximum passes over NaN
+    peak = tl.where(empty, -float("inf"), tl.where(s == s, m, float("nan")))  # a maximum passes over NaN
+    tl.store(max_rest + segment, peak, mask=there)
     if entropy_rest is not None:
         entropy = tl.where(empty, 0.0, log_s - tl.sum(t, 1) / some / log2_e)
         tl.store(entropy_rest + segment, entropy, mask=there)

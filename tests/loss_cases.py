@@ -114,10 +114,11 @@ def by_path(case: Case, path: str, triton: bool, budget: int = MEMORY_BUDGET, ro
 
 
 def _outcome(case: Case, call: Callable[[Tensor, Tensor, Tensor | None], RandomLabelLoss], routes: str) -> Outcome:
-    def leaf(tensor: Tensor | None, route: str) -> Tensor | None:
-        return None if tensor is None else tensor.detach().clone().requires_grad_(route in routes)
+    def leaf(tensor: Tensor, route: str) -> Tensor:
+        return tensor.detach().clone().requires_grad_(route in routes)
 
-    x, weight, bias = leaf(case.x, "x"), leaf(case.weight, "w"), leaf(case.bias, "w")
+    x, weight = leaf(case.x, "x"), leaf(case.weight, "w")
+    bias = None if case.bias is None else leaf(case.bias, "w")
     fit, stats = call(x, weight, bias)
     if routes:
         terms = [(fit * case.pull[0].mean(0)).sum()] if "w" in routes or case.fit_to_features else []
@@ -127,9 +128,9 @@ def _outcome(case: Case, call: Callable[[Tensor, Tensor, Tensor | None], RandomL
         torch.stack(terms).sum().backward()
     return Outcome(
         fit.detach(),
-        Statistics(*(None if part is None else part.detach() for part in stats)),  # pyright: ignore[reportArgumentType]
-        None if x is None else x.grad,
-        None if weight is None else weight.grad,
+        stats.map(Tensor.detach),
+        x.grad,
+        weight.grad,
         None if bias is None else bias.grad,
     )
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -164,7 +164,7 @@ def test_temporary_matrices_stay_within_the_budget(path: str, n: int) -> None:
     module = ops.path_named(path)
     with Largest() as largest:
         stats, kept = module.forward(problem)
-        module.backward(problem, stats, kept, Upstream(case.pull[0, 0], *([case.pull[1]] * 3), None))
+        module.backward(problem, stats, kept, Upstream(case.pull[0, 0], case.pull[1], case.pull[1], case.pull[1], None))
     assert largest.bytes <= budget < BATCH * heads * n * 4
 
 
@@ -256,4 +256,4 @@ GOOD = {
 )
 def test_wrong_arguments_are_named(changed: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        random_label_loss(**(GOOD | changed))
+        random_label_loss(**cast(dict[str, Any], GOOD | changed))

@@ -97,7 +97,7 @@ def imported_from(folder: Path) -> Iterator[None]:
     def forget() -> None:
         for name in [name for name in sys.modules if name.startswith("rlp.kernels.") and name not in LASTING]:
             del sys.modules[name]
-            vars(rlp.kernels).pop(name.rpartition(".")[2], None)
+            rlp.kernels.__dict__.pop(name.rpartition(".")[2], None)
 
     forget()
     rlp.kernels.__path__ = [str(folder)]
@@ -107,7 +107,7 @@ def imported_from(folder: Path) -> Iterator[None]:
         forget()
         rlp.kernels.__path__ = path
         sys.modules.update(changing)
-        vars(rlp.kernels).update(attributes)
+        rlp.kernels.__dict__.update(attributes)
 
 
 @pytest.fixture

@@ -37,15 +37,15 @@ def forward(problem: Problem) -> tuple[Statistics, Kept]:
     keep = problem.need_weight or problem.need_features
     found = softmax_of(problem).statistics(joined, problem.target[order.rows], problem.entropy, keep)
     back = order.rows.argsort()
-    stats = Statistics(*(None if part is None else part[back] for part in found))  # pyright: ignore[reportArgumentType]
+    stats = found.map(lambda part: part[back])
     return stats, (joined,) if keep else ()
 
 
 def backward(problem: Problem, stats: Statistics, kept: Kept, upstream: Upstream) -> Gradients:
     """One pass over what is kept, then for each head a product for each route; these in the type of the sums."""
     order = _checked(problem)
-    arriving = Upstream(None, *(None if part is None else part[order.rows] for part in upstream[1:]))
-    found = Statistics(*(None if part is None else part[order.rows] for part in stats))  # pyright: ignore
+    arriving = upstream.map(lambda part: part[order.rows])
+    found = stats.map(lambda part: part[order.rows])
     to_weight, to_features = softmax_of(problem).gradients(
         kept[0], problem.target[order.rows], found, arriving, problem.num_labels, problem.need_weight,
         problem.need_features,

@@ -5,6 +5,7 @@ are merged; the gradients of a piece need only the merged ones. Each element of 
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -90,10 +91,9 @@ def gradient_sums(problem: Problem, stats: Statistics, upstream: Upstream) -> Gr
     upstream, scale = normalised(upstream, problem.dtype)
     totals = _empty(problem)
     for heads, group in pieces(problem):
-        mine = Statistics(*(None if part is None else part[:, heads] for part in stats))  # pyright: ignore
-        arriving = Upstream(None, *(None if part is None else part[:, heads] for part in upstream[1:]))
+        of_group = partial(_columns, heads)
         for piece in group:
-            _add_piece(problem, piece, mine, arriving, totals)
+            _add_piece(problem, piece, stats.map(of_group), upstream.map(of_group), totals)
     dx, dw, db = totals
     mean = None if upstream.fit is None else (upstream.fit / problem.batch)[:, None]
     return Gradients(
@@ -101,6 +101,10 @@ def gradient_sums(problem: Problem, stats: Statistics, upstream: Upstream) -> Gr
         None if dw is None or mean is None else dw.mul_(mean.unsqueeze(-1)),
         None if db is None or mean is None else db.mul_(mean),
     )
+
+
+def _columns(heads: slice, tensor: Tensor) -> Tensor:
+    return tensor[:, heads]
 
 
 def _empty(problem: Problem) -> Gradients:

@@ -62,7 +62,7 @@ def random_label_loss(
 
     Labels and classes out of range are an error on the CPU; on a GPU nobody looks, and the loss is not finite.
     """
-    _check(x, weight, bias, target, classes, memory_budget, impl)
+    check_arguments(x, weight, bias, target, classes, memory_budget, impl)
     dtype = product_dtype(x, weight)
     if impl == "reference":
         given = classes.classes if isinstance(classes, ClassOrder) else classes
@@ -71,7 +71,7 @@ def random_label_loss(
                 x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), target, given, entropy,
                 fit_to_features,
             )  # fmt: skip
-    triton = impl == "triton" or (impl == "auto" and x.is_cuda and dtype != torch.float64 and HAS_TRITON)
+    triton = uses_triton(impl, x, dtype)
     grad = torch.is_grad_enabled()
     need_weight = grad and (weight.requires_grad or (bias is not None and bias.requires_grad))
     need_features = grad and x.requires_grad
@@ -123,6 +123,11 @@ def _choose_path(
     return "by_rows" if can_keep and budget // row >= min(batch, ENOUGH_ROWS) else "by_columns"
 
 
+def uses_triton(impl: str, x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether an implementation means Triton's kernels for features `x` and products in `dtype`."""
+    return impl == "triton" or (impl == "auto" and x.is_cuda and dtype != torch.float64 and HAS_TRITON)
+
+
 def check_impl(impl: str) -> None:
     """Raise a UserError unless `impl` is one of `IMPLS` and can be had."""
     if impl not in IMPLS:
@@ -131,7 +136,7 @@ def check_impl(impl: str) -> None:
         raise UserError("impl is 'triton', but Triton is not installed; expected pip install triton, or impl 'auto'")
 
 
-def _check(
+def check_arguments(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -140,6 +145,7 @@ def _check(
     memory_budget: int,
     impl: str,
 ) -> None:
+    """Raise a UserError unless the arguments of `random_label_loss` fit together."""
     given = classes.classes if isinstance(classes, ClassOrder) else classes
     dims = "[H, n, D]" if given is None else "[H, C, n, D]"
     if weight.dim() != (3 if given is None else 4):

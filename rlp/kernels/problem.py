@@ -1,12 +1,13 @@
 """What the paths of the random-label loss are given, and what they give back."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from rlp.kernels.reference import Statistics
+from rlp.kernels.reference import Statistics, optional
 
 
 class ClassOrder(NamedTuple):
@@ -95,6 +96,10 @@ class Upstream(NamedTuple):
     lse_rest: Tensor | None
     z_mean: Tensor | None
     entropy_rest: Tensor | None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Upstream":
+        """The statistics' gradients changed; None stays None, and so does `fit`."""
+        return Upstream(self.fit, *(optional(part, change) for part in self[1:]))
 
     @property
     def reaches_features(self) -> bool:

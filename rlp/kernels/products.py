@@ -89,7 +89,7 @@ def normalised(upstream: Upstream, dtype: torch.dtype) -> tuple[Upstream, Tensor
     if dtype != torch.float16 or not parts:
         return upstream, None
     scale = torch.stack([part.abs().amax() for part in parts]).amax().clamp_min(torch.finfo(torch.float32).tiny)
-    return Upstream(upstream.fit, *(None if part is None else part / scale for part in upstream[1:])), scale
+    return upstream.map(lambda part: part / scale), scale
 
 
 def scaled(product: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:

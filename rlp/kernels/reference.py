@@ -1,5 +1,6 @@
 """The oracle: the random-label loss in plain PyTorch, by autograd; every fast path is held to it."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,16 @@ class Statistics(NamedTuple):
     z_mean: Tensor
     max_rest: Tensor
     entropy_rest: Tensor | None = None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Statistics":
+        """Each of them changed; None stays None."""
+        z_t, lse_rest, z_mean, max_rest = map(change, self[:4])
+        return Statistics(z_t, lse_rest, z_mean, max_rest, optional(self.entropy_rest, change))
+
+
+def optional(tensor: Tensor | None, change: Callable[[Tensor], Tensor]) -> Tensor | None:
+    """``change(tensor)``; None stays None."""
+    return None if tensor is None else change(tensor)
 
 
 class RandomLabelLoss(NamedTuple):

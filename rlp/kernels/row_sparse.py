@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rlp.errors import UserError
-from rlp.kernels.loss import HAS_TRITON, MEMORY_BUDGET, _check, check_impl, product_dtype
+from rlp.kernels.loss import MEMORY_BUDGET, check_arguments, check_impl, product_dtype, uses_triton
 from rlp.kernels.ops import path_named
 from rlp.kernels.problem import ClassOrder, Problem, Upstream, sort_by_class
 from rlp.kernels.products import softmax_of
@@ -47,10 +47,10 @@ def row_sparse_random_label_loss(
     The backward pass appends the factors of their gradient to `sink` instead. `impl` is ``auto``, ``eager`` or
     ``triton``; the other arguments are those of `random_label_loss`.
     """
-    _check(x, weight, bias, target, classes, MEMORY_BUDGET, impl)
+    check_arguments(x, weight, bias, target, classes, MEMORY_BUDGET, impl)
     check_factors_impl(impl)
     dtype, grad = product_dtype(x, weight), torch.is_grad_enabled()
-    triton = impl == "triton" or (impl == "auto" and x.is_cuda and dtype != torch.float64 and HAS_TRITON)
+    triton = uses_triton(impl, x, dtype)
     order = sort_by_class(classes, weight.shape[1]) if isinstance(classes, Tensor) else classes
     need_weight = grad and (weight.requires_grad or (bias is not None and bias.requires_grad))
     options = (dtype, entropy, need_weight, grad and x.requires_grad, MEMORY_BUDGET, triton)
@@ -113,7 +113,7 @@ def _factors(problem: Problem, stats: Statistics, kept: Tensor, fit: Tensor) -> 
     assert problem.order is not None
     assert kept.shape == (problem.batch, problem.heads, problem.num_labels)
     classes, rows, _ = problem.order
-    sorted_stats = Statistics(*(None if part is None else part[rows] for part in stats))  # pyright: ignore
+    sorted_stats = stats.map(lambda part: part[rows])
     nothing = Upstream(None, None, None, None, None)
     dz, _ = softmax_of(problem).gradients(
         kept, problem.target[rows], sorted_stats, nothing, problem.num_labels, need_weight=True, need_features=False

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 
 from rlp.errors import UserError
-from rlp.kernels.loss import HAS_TRITON
+from rlp.kernels.loss import uses_triton
 from rlp.kernels.problem import ClassOrder, sort_by_class
 from rlp.kernels.products import weight_gradient
 from rlp.kernels.reference import RandomLabelLoss
@@ -143,7 +143,7 @@ class RowSparseOptimizer(Optimizer):
             moments = None if moments is None else (moments[0].unsqueeze(-1), moments[1].unsqueeze(-1))
             parameter = parameter.unsqueeze(-1)
         step = update
-        if self.impl == "triton" or (self.impl == "auto" and x.is_cuda and x.dtype != torch.float64 and HAS_TRITON):
+        if uses_triton(self.impl, x, x.dtype):
             from rlp.kernels.row_sparse_kernels import update as step
         step(parameter, moments, dz, x, offsets, rule)
 

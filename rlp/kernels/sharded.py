@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from rlp.errors import UserError
 from rlp.kernels import by_columns
-from rlp.kernels.loss import FLOATS, HAS_TRITON, MEMORY_BUDGET, check_impl, product_dtype
+from rlp.kernels.loss import FLOATS, MEMORY_BUDGET, check_impl, product_dtype, uses_triton
 from rlp.kernels.problem import Problem, Upstream
 from rlp.kernels.reference import RandomLabelLoss, Statistics, mean_fit
 
@@ -83,7 +83,7 @@ def sharded_random_label_loss(
     The host waits for the device once a call: the ranks agree on the shapes.
     """
     dtype, grad = product_dtype(x, weight), torch.is_grad_enabled()
-    triton = impl == "triton" or (impl == "auto" and x.is_cuda and dtype != torch.float64 and HAS_TRITON)
+    triton = uses_triton(impl, x, dtype)
     need_weight = grad and (weight.requires_grad or (bias is not None and bias.requires_grad))
     need_features = grad and x.requires_grad
     try:

@@ -45,6 +45,39 @@ def test_opcheck(path: str, entropy: bool) -> None:
 
 
 @pytest.mark.parametrize("path", EAGER)
+@pytest.mark.parametrize("own_features", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_fake_outputs_have_the_strides_of_real_ones(
+    path: str, own_features: bool, transposed: bool, heads: int
+) -> None:
+    """Compiled code relies on them; in any layout of the inputs."""
+    case = random_case(
+        0, 7, heads, 11, 5, classes=4 if path == "by_class" else None, own_features=own_features
+    ).to(torch.float32)  # fmt: skip
+    if transposed:
+        target = case.target.T.contiguous().T
+        case = replace(case, x=case.x.mT.contiguous().mT, weight=case.weight.mT.contiguous().mT, target=target)
+    x, weight, bias, target, order, path, _, *options = arguments(case, path)
+    outputs = ops.random_label_loss_op(x, weight, bias, target, order, path, False, *options)
+    pull = torch.ones(7, heads)
+    upstream = (pull[0], pull, pull, pull, None)
+    found = [*outputs, *ops.random_label_loss_backward_op(*upstream, outputs, x, weight, bias, target, order, path,
+                                                          *options)]  # fmt: skip
+    with FakeTensorMode() as mode:
+        inputs = [mode.from_tensor(part) for part in (x, weight, bias, target)]
+        orders = [mode.from_tensor(part) for part in order]
+        fakes = ops.random_label_loss_op(*inputs, orders, path, False, *options)
+        arriving = [None if part is None else mode.from_tensor(part) for part in upstream]
+        fakes = [*fakes, *ops.random_label_loss_backward_op(*arriving, fakes, *inputs, orders, path, *options)]
+    for real, fake in zip(found, fakes, strict=True):
+        assert real.shape == fake.shape
+        assert [s for s, n in zip(real.stride(), real.shape, strict=True) if n > 1] == [
+            s for s, n in zip(fake.stride(), fake.shape, strict=True) if n > 1
+        ]
+
+
+@pytest.mark.parametrize("path", EAGER)
 def test_gradients_are_those_of_finite_differences(path: str) -> None:
     """Along each route with the other closed; a routed loss has no gradient that differences could see as a whole."""
     x, weight, bias, *rest = arguments(case_for(path), path)

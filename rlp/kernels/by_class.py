@@ -33,7 +33,7 @@ def forward(problem: Problem) -> tuple[Statistics, Kept]:
         if problem.bias is not None:
             mine += problem.bias[head].to(problem.dtype)[order.classes[order.rows]]
         logits.append(mine)
-    joined = _stacked(logits, 1)
+    joined = _stacked(logits, 1).contiguous()  # grouped_mm may leave gaps between rows
     keep = problem.need_weight or problem.need_features
     found = softmax_of(problem).statistics(joined, problem.target[order.rows], problem.entropy, keep)
     back = order.rows.argsort()
@@ -57,8 +57,7 @@ def backward(problem: Problem, stats: Statistics, kept: Kept, upstream: Upstream
         to_weight *= (upstream.fit / problem.batch).unsqueeze(-1)
         dw = _weight_gradient(problem, order, to_weight).to(problem.weight.dtype)
         if problem.bias is not None:
-            sums = torch.zeros_like(problem.bias, dtype=problem.stats_dtype, memory_format=torch.contiguous_format)
-            db = sums.index_add_(1, order.classes[order.rows], to_weight.transpose(0, 1)).to(problem.bias.dtype)
+            db = _bias_gradient(problem, order, to_weight).to(problem.bias.dtype)
     return Gradients(dx, dw, db)
 
 
@@ -107,6 +106,16 @@ def _weight_gradient(problem: Problem, order: ClassOrder, dz: Tensor) -> Tensor:
     """``[H, C, n, D]``; zeros for the classes that are absent."""
     x = problem.x[order.rows].to(dz.dtype)
     return _stacked([_outer(_of_gradient(dz, h), _of_head(x, h), order.offsets) for h in range(problem.heads)], 0)
+
+
+def _bias_gradient(problem: Problem, order: ClassOrder, dz: Tensor) -> Tensor:
+    """``[H, C, n]``; zeros for the classes that are absent."""
+    sums = dz.new_zeros(problem.weight.shape[:3])
+    if not dz.is_cuda:
+        return sums.index_add_(1, order.classes[order.rows], dz.transpose(0, 1))
+    for c, start, end in _occurring(order.offsets):  # there index_add_ would add in a different order every time
+        sums[:, c] = dz[start:end].sum(0)
+    return sums
 
 
 # -- products ----------------------------------------------------------------------------------------------------

@@ -69,15 +69,16 @@ def merge(parts: Sequence[Statistics], counts: Sequence[int]) -> Statistics:
     """
     if len(parts) == 1:
         return parts[0]
-    z_t, lse, mean, peak = (torch.stack([part[place] for part in parts]) for place in range(4))  # pyright: ignore
+    z_t, lse, peak = (torch.stack([part[place] for part in parts]) for place in (0, 1, 3))  # pyright: ignore
     lse_rest = lse.logsumexp(0)
-    count = torch.tensor(counts, dtype=mean.dtype, device=mean.device)[:, None, None]
+    # By numbers of the host: a tensor of them would be a copy that it waits for, and that no CUDA graph can hold.
+    means = [part.z_mean * (count / sum(counts)) for part, count in zip(parts, counts, strict=True)]
     entropy = None
     if parts[0].entropy_rest is not None:
         within = torch.stack([part.entropy_rest for part in parts if part.entropy_rest is not None])
         share = (lse - lse_rest).exp()
         entropy = (torch.special.entr(share) + share * within).sum(0)
-    return Statistics(z_t.amax(0), lse_rest, (mean * count).sum(0) / count.sum(), peak.amax(0), entropy)
+    return Statistics(z_t.amax(0), lse_rest, torch.stack(means).sum(0), peak.amax(0), entropy)
 
 
 def backward(problem: Problem, stats: Statistics, kept: Kept, upstream: Upstream) -> Gradients:
@@ -111,9 +112,9 @@ def _empty(problem: Problem) -> Gradients:
     """The features' gradient zero, for it is a sum; the others in their final types."""
     bias = problem.bias
     return Gradients(
-        torch.zeros_like(problem.x, dtype=problem.stats_dtype) if problem.need_features else None,
-        torch.empty_like(problem.weight) if problem.need_weight else None,
-        torch.empty_like(bias) if problem.need_weight and bias is not None else None,
+        problem.x.new_zeros(problem.x.shape, dtype=problem.stats_dtype) if problem.need_features else None,
+        problem.weight.new_empty(problem.weight.shape) if problem.need_weight else None,
+        bias.new_empty(bias.shape) if problem.need_weight and bias is not None else None,
     )
 
 

@@ -45,7 +45,8 @@ def kept(problem: Problem) -> Kept:
 def forward(problem: Problem) -> tuple[Statistics, Kept]:
     """All products; the upstream gradient of a head's mean fit loss is one number, with which backward multiplies."""
     parts = kept(problem)
-    stats = [torch.empty_like(problem.target, dtype=problem.stats_dtype) for _ in range(4)]
+    shape = (problem.batch, problem.heads)
+    stats = [problem.x.new_empty(shape, dtype=problem.stats_dtype) for _ in range(4)]
     for head in range(problem.heads):
         _head(problem, head, stats, parts)
     return Statistics(*stats), parts

@@ -178,7 +178,8 @@ def random_label_loss_backward_op(
     problem = _problem(x, weight, bias, target, order, dtype, entropy, need_weight, need_features, budget, triton)
     _, stats, kept = unpack(outputs, entropy)
     found = _backward(problem, path, stats, kept, Upstream(fit, z_t, lse_rest, z_mean, entropy_rest))
-    return [x.new_empty(0) if part is None else part for part in found]
+    # Compiled code takes the strides for those that the function below promises.
+    return [x.new_empty(0) if part is None else part.contiguous() for part in found]
 
 
 @random_label_loss_backward_op.register_fake

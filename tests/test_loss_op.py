@@ -53,7 +53,7 @@ def test_fake_outputs_have_the_strides_of_real_ones(
 ) -> None:
     """Compiled code relies on them; in any layout of the inputs."""
     case = random_case(
-        0, 7, heads, 11, 5, classes=4 if path == "by_class" else None, own_features=own_features
+        0, 7, heads, 11, 8, classes=4 if path == "by_class" else None, own_features=own_features
     ).to(torch.float32)  # fmt: skip
     if transposed:
         target = case.target.T.contiguous().T

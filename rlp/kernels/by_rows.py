@@ -100,11 +100,11 @@ def backward(problem: Problem, stats: Statistics, kept: Kept, upstream: Upstream
 
 def _feature_gradient(problem: Problem, upstream: Upstream, toward: Tensor) -> Tensor:
     """``[B, D]`` or ``[B, H, D]`` from ``q W`` and the gradients of the statistics."""
-    weight, terms = problem.weight, []
+    weight, terms, at_label = problem.weight, [], upstream.z_t
     if upstream.lse_rest is not None:
         terms.append(upstream.lse_rest.unsqueeze(-1) * toward)
-    if upstream.lse_rest is not None or upstream.z_t is not None:
-        at_label = sum(part for part in (upstream.lse_rest, upstream.z_t) if part is not None)
+        at_label = upstream.lse_rest if at_label is None else upstream.lse_rest + at_label
+    if at_label is not None:
         heads = torch.arange(problem.heads, device=weight.device)
         terms.append(at_label.unsqueeze(-1) * weight[heads, problem.target].to(toward.dtype))
     if upstream.z_mean is not None:

@@ -1,33 +1,35 @@
+# pyright: reportCallIssue=false
 """Path `grouped`: heads of its own for each class, in Triton; the weight is read once, its gradient written once.
 
 Time goes into the bytes of the weight ``[H, C, n, D]``. A program holds up to 16 rows of one class and passes over that
 class's weight once: logits (kept, a small part of it), statistics, and as in attention ``Σ_j r_j W_j`` with
-``r_j = exp(z_j - lse_rest)`` off the label. From this and the mean of the weight follows the gradient of the features for
-any function of the statistics but the entropy, ``g_lse Σ_j r_j W_j + g_t W_t + g_mean mean_j W_j``. Where the entropy is
-asked for, or the sums do not fit into a program or the budget, the backward pass reads the weight once more.
+``r_j = exp(z_j - lse_rest)`` off the label. From this and the mean of the weight follows the features' gradient of any
+function of the statistics but the entropy, ``g_lse Σ_j r_j W_j + g_t W_t + g_mean mean_j W_j``. Where the entropy is
+asked for, the products are of full precision, or the sums do not fit into a program or the budget, the backward pass
+reads the weight once more.
 """
 
 import torch
 from torch import Tensor
 import triton
-import triton.language as tl
 
 from rlp.kernels.grouped_kernels import combine_kernel, features_kernel, forward_kernel, weight_kernel
 from rlp.kernels.problem import ClassOrder, Gradients, Kept, Problem, Upstream
 from rlp.kernels.products import normalised, scaled
 from rlp.kernels.reference import Statistics
+from rlp.kernels.triton_math import dot_types
 
 MOST_FEATURES = 1024
 """The sums of 16 rows of so many features fit into a program's registers."""
 MOST_BYTES = 256 * 2**20
 """That the sums may take."""
-TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 def keeps_sums(problem: Problem) -> bool:
-    """Whether ``Σ_j r_j W_j`` is kept for the features' gradient; by shapes alone."""
+    """Whether ``Σ_j r_j W_j`` is kept for the features' gradient; by shapes and types alone."""
+    fits = problem.dim <= MOST_FEATURES and problem.dtype != torch.float32  # whose products would need more registers
     size = 2 * problem.batch * problem.heads * problem.dim * problem.stats_dtype.itemsize
-    return problem.need_features and not problem.entropy and problem.dim <= MOST_FEATURES and size <= MOST_BYTES
+    return problem.need_features and not problem.entropy and fits and size <= MOST_BYTES
 
 
 def kept(problem: Problem) -> Kept:
@@ -50,14 +52,16 @@ def forward(problem: Problem) -> tuple[Statistics, Kept]:
     stats = [torch.empty_like(problem.target, dtype=problem.stats_dtype) for _ in range(5 if problem.entropy else 4)]
     stats = [part.contiguous() for part in stats]
     fused = parts[1].numel() > 0
-    launch = forward_launch(problem.num_labels, problem.dim, problem.weight.itemsize, problem.dtype, fused)
+    if fused:
+        parts[1][1].zero_()  # the places where no class begins, so that all that is kept is the same on every run
+    launch = forward_launch(problem.num_labels, problem.dim, problem.weight.itemsize, fused)
     x = _dense_rows(problem.x)
     with torch.cuda.device_of(x):
         forward_kernel[(slots(problem, launch["ROWS"]) + 1, problem.heads)](
             x, problem.weight, _contiguous(problem.bias), problem.target.contiguous(), order.rows, order.offsets,
             *stats, *([None] if not problem.entropy else []), *(part if part.numel() else None for part in parts),
             problem.batch, *_sizes(problem), *_strides(x), *problem.weight.stride(), STEPS=_steps(problem),
-            **_types(problem), **launch,
+            **dot_types(problem), **launch,
         )  # fmt: skip
     return Statistics(*stats), parts
 
@@ -76,13 +80,13 @@ def backward(problem: Problem, stats: Statistics, kept: Kept, upstream: Upstream
 def _combine(problem: Problem, toward: Tensor, upstream: Upstream) -> Tensor:
     order, shared = _order(problem), problem.x.dim() == 2
     dx = problem.x.new_empty(problem.x.shape)
-    block = max(16, triton.next_power_of_2(problem.dim))
+    block, types = _block(problem.dim, problem.dim), dot_types(problem)
     with torch.cuda.device_of(dx):
         combine_kernel[(problem.batch, 1 if shared else problem.heads)](
             toward, problem.weight, problem.target.contiguous(), order.classes, order.rows, order.offsets,
             *(_contiguous(part) for part in upstream[1:4]), dx, problem.batch, *_sizes(problem),
-            *problem.weight.stride(), ACC=TYPES[problem.stats_dtype], OPERAND=TYPES[problem.dtype], SHARED=shared,
-            BLOCK_D=block, num_warps=max(1, min(4, block // 128)),
+            *problem.weight.stride(), ACC=types["ACC"], OPERAND=types["OPERAND"], SHARED=shared, BLOCK_D=block,
+            num_warps=max(1, min(4, block // 128)),
         )  # fmt: skip
     return dx
 
@@ -98,7 +102,7 @@ def _features(problem: Problem, logits: Tensor, stats: Statistics, upstream: Ups
         features_kernel[grid](
             logits, problem.weight, problem.target.contiguous(), order.rows, order.offsets, stats.lse_rest,
             stats.entropy_rest, *(_contiguous(part) for part in upstream[1:]), dx, *_sizes(problem),
-            *problem.weight.stride(), SHARED=shared, STEPS=_steps(problem), **_types(problem), **launch,
+            *problem.weight.stride(), SHARED=shared, STEPS=_steps(problem), **dot_types(problem), **launch,
         )  # fmt: skip
     return scaled(dx, scale, problem.x.dtype)
 
@@ -112,7 +116,7 @@ def _weights(problem: Problem, logits: Tensor, stats: Statistics, fit: Tensor) -
     with torch.cuda.device_of(x):
         weight_kernel[(tiles * problem.heads * problem.weight.shape[1],)](
             logits, x, problem.target.contiguous(), order.rows, order.offsets, stats.z_t, stats.lse_rest,
-            fit.contiguous(), dw, db, problem.batch, *_sizes(problem), *_strides(x), **_types(problem), **launch,
+            fit.contiguous(), dw, db, problem.batch, *_sizes(problem), *_strides(x), **dot_types(problem), **launch,
         )  # fmt: skip
     return dw, db
 
@@ -125,48 +129,36 @@ def slots(problem: Problem, rows: int) -> int:
     return problem.batch // rows + problem.weight.shape[1]
 
 
-def forward_launch(n: int, dim: int, itemsize: int, dtype: torch.dtype, fused: bool) -> dict[str, int]:
-    """With the sums a program holds all features of some labels, else it walks over the features too."""
-    padded = max(16, triton.next_power_of_2(dim))
+def forward_launch(n: int, dim: int, itemsize: int, fused: bool) -> dict[str, int]:
+    """With the sums a program holds all features of some labels, else it walks over the features too.
+
+    Two programs of four warps fit on a multiprocessor; of float32 weights, rounded in registers, one of eight.
+    """
+    padded = _block(dim, dim)
     if fused:
-        # Two tiles of at most 64 KiB: one is used while the next is under way.
-        labels = max(16, min(32, 2**16 // (padded * itemsize)))
-        return {
-            "ROWS": 15,
-            "BLOCK_N": labels,
-            "BLOCK_D": padded,
-            "num_warps": 8 if padded > 256 else 4,
-            "num_stages": 2,
-        }
-    block_d = min(padded, 256 // itemsize)
-    block_n = max(16, min(64, triton.next_power_of_2(n)))
-    return {"ROWS": 16, "BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": 4, "num_stages": 4}
+        labels = 16 if padded * itemsize > 1024 else 32
+        wide = itemsize > 2 and padded > 256
+        return _launch(15, labels, padded, warps=8 if wide else 4, stages=2 if wide else 3)
+    return _launch(16, _block(n, 64), _block(dim, 256 // itemsize), warps=8, stages=3)
 
 
 def features_launch(n: int, dim: int, itemsize: int) -> dict[str, int]:
-    """A tile of 16 KiB."""
-    block_d = max(16, min(triton.next_power_of_2(dim), 256 // itemsize))
-    block_n = max(16, min(64, triton.next_power_of_2(n)))
-    return {"ROWS": 16, "BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": 4, "num_stages": 3}
+    """A tile of 16 KiB at most."""
+    return _launch(16, _block(n, 128 // itemsize), _block(dim, 256 // itemsize), warps=8, stages=3)
 
 
 def weight_launch(n: int, dim: int) -> dict[str, int]:
-    """Tiles as large as registers allow, for their rows' coefficients are made anew for each."""
-    block_d = max(16, min(128, triton.next_power_of_2(dim)))
-    block_n = max(16, min(64, triton.next_power_of_2(n)))
-    return {"BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": 4, "num_stages": 2}
+    """Tiles as large as registers allow, for the rows' coefficients are made anew for each."""
+    return {"BLOCK_N": _block(n, 64), "BLOCK_D": _block(dim, 128), "num_warps": 4, "num_stages": 2}
 
 
-def _types(problem: Problem) -> dict[str, object]:
-    """Triton's interpreter would multiply half precision wrongly, so that there the rounded operands are widened."""
-    acc, operand = TYPES[problem.stats_dtype], TYPES[problem.dtype]
-    precision = "tf32x3" if problem.dtype == torch.float32 and torch.version.hip is None else "ieee"
-    return {
-        "ACC": acc,
-        "OPERAND": operand,
-        "DOT": acc if triton.knobs.runtime.interpret else operand,
-        "PRECISION": precision,
-    }
+def _launch(rows: int, block_n: int, block_d: int, warps: int, stages: int) -> dict[str, int]:
+    return {"ROWS": rows, "BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": warps, "num_stages": stages}
+
+
+def _block(size: int, most: int) -> int:
+    """The smallest power of two from 16 on that holds `size`, or that holds `most` where this is smaller."""
+    return 1 << max(4, (min(size, most) - 1).bit_length())
 
 
 def _order(problem: Problem) -> ClassOrder:

@@ -1,5 +1,5 @@
 # pyright: reportArgumentType=false, reportIndexIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportOptionalOperand=false, reportPossiblyUnboundVariable=false
+# pyright: reportOptionalOperand=false, reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false
 """The kernels of path `grouped`: blocks of rows of one class, tiles of that class's weight.
 
 Everywhere 16 places for rows are the columns of a product and labels or features its rows, for a class has few rows.
@@ -10,11 +10,9 @@ multiplied, another one only in Triton's interpreter, which gets half precision 
 import triton
 import triton.language as tl
 
-from rlp.kernels.triton_math import logit_gradient_to_features, logit_gradient_to_weight
+from rlp.kernels.triton_math import BOOST, logit_gradient_to_features, logit_gradient_to_weight
 
 PLACES = tl.constexpr(16)
-BOOST = tl.constexpr(1024.0)
-"""Keeps coefficients of the weight gradient, at most 1, from vanishing in float16."""
 
 
 @triton.jit
@@ -180,7 +178,7 @@ def combine_kernel(
     batch, heads, classes, n, dim, w_head, w_class, w_label, w_dim,
     ACC: tl.constexpr, OPERAND: tl.constexpr, SHARED: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """``g_lse Σ_j r_j W_j + g_t W_t + g_mean mean(W)`` of one row, for one head or, where x is SHARED, summed over all."""
+    """``g_lse Σ_j r_j W_j + g_t W_t + g_mean mean(W)`` of one row, for one head or, with SHARED, for all."""
     position = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + position)
     c = tl.load(classes_of + row)
@@ -266,7 +264,7 @@ def weight_kernel(
     ACC: tl.constexpr, OPERAND: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the contiguous weight gradient, and some of the bias's: the sum over a class's rows, 0 if it has none."""
+    """A tile of the contiguous weight gradient, and some of the bias's: sums over a class's rows, 0 if it has none."""
     tiles_n, tiles_d = tl.cdiv(n, BLOCK_N), tl.cdiv(dim, BLOCK_D)
     tile_d = tl.program_id(0) % tiles_d
     tile_n = tl.program_id(0) // tiles_d % tiles_n
@@ -294,9 +292,10 @@ def weight_kernel(
         dz = (dz * BOOST).to(OPERAND).to(DOT)
         total = tl.dot(dz, features, total, input_precision=PRECISION, out_dtype=ACC)
     mean = tl.load(g_fit + head) / batch
-    out = (one.to(tl.int64) * n + j)[:, None] * dim + d[None, :]
+    tile = dw + (one.to(tl.int64) * n + tile_n * BLOCK_N) * dim
     inside = (j < n)[:, None] & (d < dim)[None, :]
-    tl.store(dw + out, (total * (mean / BOOST)).to(dw.dtype.element_ty), mask=inside)
+    tile += tl.arange(0, BLOCK_N)[:, None] * dim + d[None, :]
+    tl.store(tile, (total * (mean / BOOST)).to(dw.dtype.element_ty), mask=inside)
     if db is not None:
-        if tile_d == 0:
-            tl.store(db + one.to(tl.int64) * n + j, (total_bias * mean).to(db.dtype.element_ty), mask=j < n)
+        mask = (j < n) & (tile_d == 0)
+        tl.store(db + one.to(tl.int64) * n + j, (total_bias * mean).to(db.dtype.element_ty), mask=mask)

@@ -65,7 +65,7 @@ MUTATIONS = [
     Mutation("the entropy's gradient without its mean", "triton_math", "+ entropy_rest)", ")", "whole"),
     Mutation("every chunk starts the sum anew", "by_rows", "parts[:3]], start == 0", "parts[:3]], True", "by_rows"),
     Mutation("the shift is not put back", "by_rows", "torch.addcmul(shift,", "torch.addcmul(0 * shift,", "by_rows"),
-    Mutation("pieces merged without their sizes", "by_columns", "(mean * count).sum(0) / count.sum()", "mean.mean(0)",
+    Mutation("pieces merged without their sizes", "by_columns", "count / sum(counts)", "1 / len(counts)",
              "by_columns", triton=False),
     Mutation("the fit loss is summed, not averaged", "whole", "upstream.fit / problem.batch", "upstream.fit", "whole"),
     Mutation("the sums of attention are not rescaled", "grouped_kernels", "total * shrink", "total", "grouped"),

@@ -47,14 +47,17 @@ def forward(problem: Problem) -> tuple[Statistics, Kept]:
     parts = kept(problem)
     shape = (problem.batch, problem.heads)
     stats = [problem.x.new_empty(shape, dtype=problem.stats_dtype) for _ in range(4)]
+    given = operands(problem)
     for head in range(problem.heads):
-        _head(problem, head, stats, parts)
+        _head(problem, head, given, stats, parts)
     return Statistics(*stats), parts
 
 
-def _head(problem: Problem, head: int, stats: list[Tensor], parts: Kept) -> None:
+def _head(
+    problem: Problem, head: int, given: tuple[Tensor, Tensor, Tensor | None], stats: list[Tensor], parts: Kept
+) -> None:
     """Fills column `head` of the statistics and of what is kept."""
-    x, weight, bias = operands(problem)
+    x, weight, bias = given
     x = x if x.dim() == 2 else x[:, head]
     one, one_bias = weight[head : head + 1], None if bias is None else bias[head : head + 1]
     share = 1 / (problem.num_labels - 1)

@@ -17,7 +17,7 @@ from rlp.kernels.grouped_kernels import combine_kernel, features_kernel, forward
 from rlp.kernels.problem import ClassOrder, Gradients, Kept, Problem, Upstream
 from rlp.kernels.products import normalised, scaled
 from rlp.kernels.reference import Statistics
-from rlp.kernels.triton_math import dot_types
+from rlp.kernels.triton_math import dot_types, is_nvidia
 
 MOST_FEATURES = 1024
 """The sums of 16 rows of so many features fit into a program's registers."""
@@ -138,7 +138,7 @@ def forward_launch(n: int, dim: int, itemsize: int, fused: bool) -> dict[str, in
     if fused:
         labels = 16 if padded * itemsize > 1024 else 32
         wide = itemsize > 2 and padded > 256
-        return _launch(15, labels, padded, warps=8 if wide else 4, stages=2 if wide else 3)
+        return _launch(15, labels, padded, warps=8 if wide else 4, stages=3 if is_nvidia() and not wide else 2)
     return _launch(16, _block(n, 64), _block(dim, 256 // itemsize), warps=8, stages=3)
 
 

@@ -164,12 +164,12 @@ def forward_kernel(
 
 
 @triton.jit
-def _value(values, where, there):
-    """Values at some places; 0 for None."""
+def _across(values, where, there):
+    """Values of a block's rows, zeros for None; ``[1, PLACES]``."""
     if values is None:
-        return 0.0
+        return tl.zeros([1, PLACES], tl.float32)
     else:
-        return tl.load(values + where, mask=there, other=0.0)
+        return tl.load(values + where, mask=there, other=0.0)[None, :]
 
 
 @triton.jit(do_not_specialize=["batch", "heads", "classes", "n", "first_stride", "last_stride"])
@@ -192,15 +192,15 @@ def combine_kernel(
         mask = has_class & (d < dim)
         if g_lse_rest is not None:
             part = tl.load(toward + (position * heads + head) * dim + d, mask=mask, other=0.0)
-            total += _value(g_lse_rest, here, has_class) * part
+            total += tl.load(g_lse_rest + here, mask=has_class, other=0.0) * part
         if g_z_mean is not None:
             part = tl.load(toward + ((batch + start) * heads + head) * dim + d, mask=mask, other=0.0)
-            total += _value(g_z_mean, here, has_class) * part
+            total += tl.load(g_z_mean + here, mask=has_class, other=0.0) * part
         if g_z_t is not None:
             label = tl.load(target + here)
             at_label = weight + head * w_head + c * w_class + label * w_label
             part = tl.load(at_label + d * w_dim, mask=mask & (label >= 0) & (label < n), other=0.0)
-            total += _value(g_z_t, here, has_class) * part.to(OPERAND).to(ACC)
+            total += tl.load(g_z_t + here, mask=has_class, other=0.0) * part.to(OPERAND).to(ACC)
     to = row if SHARED else row * heads + tl.program_id(1)
     tl.store(dx + to * dim + d, total.to(dx.dtype.element_ty), mask=d < dim)
 
@@ -228,9 +228,9 @@ def features_kernel(
             here = row * heads + head
             label = tl.load(target + here, mask=there, other=-1)
             lse = tl.load(lse_rest + here, mask=there, other=0.0)[None, :]
-            entropy = _value(entropy_rest, here, there)
-            slope_t, slope_lse = _value(g_z_t, here, there), _value(g_lse_rest, here, there)
-            slope_mean, slope_entropy = _value(g_z_mean, here, there) / n, _value(g_entropy_rest, here, there)
+            entropy = _across(entropy_rest, here, there)
+            slope_t, slope_lse = _across(g_z_t, here, there), _across(g_lse_rest, here, there)
+            slope_mean, slope_entropy = _across(g_z_mean, here, there) / n, _across(g_entropy_rest, here, there)
             tile = weight + head * w_head + c * w_class
             source = logits + ((position * heads + head) * n)[None, :] + lane[:, None]
             for begin in tl.range(0, n, BLOCK_N):
@@ -238,23 +238,14 @@ def features_kernel(
                 w = tl.load(tile + lanes, mask=known & (d < dim)[None, :], other=0.0).to(OPERAND).to(DOT)
                 z = tl.load(source + begin, mask=known & there[None, :], other=0.0)
                 dz = logit_gradient_to_features(
-                    z, begin + lane[:, None] == label[None, :], lse, _across(entropy), _across(slope_t),
-                    _across(slope_lse), _across(slope_mean), None if g_entropy_rest is None else _across(slope_entropy),
+                    z, begin + lane[:, None] == label[None, :], lse, entropy, slope_t, slope_lse, slope_mean,
+                    None if g_entropy_rest is None else slope_entropy,
                 )  # fmt: skip
                 total = _product(w, tl.where(known & there[None, :], dz, 0.0), total, OPERAND, DOT, PRECISION)
                 tile += BLOCK_N * w_label
         to = row if SHARED else row * heads + tl.program_id(2)
         mask = there[None, :] & (d < dim)[:, None]
         tl.store(dx + (to * dim)[None, :] + d[:, None], total.to(dx.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _across(values):
-    """One row of a tile; a plain number as it is."""
-    if isinstance(values, float):
-        return values
-    else:
-        return values[None, :]
 
 
 @triton.jit(do_not_specialize=["batch", "heads", "classes", "n"])

@@ -184,7 +184,9 @@ def statistics_kernel(
     some = tl.where(empty, 1.0, s)
     log_s = tl.log(some)
 
-    if RESIDUAL:  # backwards: what was read last is the likeliest to be in the cache still
+    if RESIDUAL:
+        tl.debug_barrier()  # the label's logit was loaded by other threads than those that now overwrite it
+        # Backwards: what was read last is the likeliest to be in the cache still.
         share = 1.0 / tl.full([], n - 1, dtype)
         scale = (1.0 / some)[None, :, None]
         for back in tl.range(0, 1 if SINGLE else tl.cdiv(n, BLOCK), num_stages=STAGES):

@@ -17,6 +17,11 @@ BOOST = tl.constexpr(1024.0)
 """Keeps coefficients of the weight gradient, at most 1, from vanishing in float16."""
 
 
+def is_nvidia() -> bool:
+    """Whether kernels are compiled for a GPU of NVIDIA; True in the interpreter."""
+    return triton.knobs.runtime.interpret or triton.runtime.driver.active.get_current_target().backend == "cuda"
+
+
 def dot_types(problem: Problem) -> dict[str, Any]:
     """ACC, of sums; OPERAND, to which operands of products are rounded; DOT, in which they are multiplied; PRECISION.
 
@@ -26,8 +31,7 @@ def dot_types(problem: Problem) -> dict[str, Any]:
     acc, operand = TYPES[problem.stats_dtype], TYPES[problem.dtype]
     if triton.knobs.runtime.interpret:
         return {"ACC": acc, "OPERAND": operand, "DOT": acc, "PRECISION": "ieee"}
-    is_nvidia = triton.runtime.driver.active.get_current_target().backend == "cuda"
-    precision = "tf32x3" if is_nvidia and problem.dtype == torch.float32 else "ieee"
+    precision = "tf32x3" if is_nvidia() and problem.dtype == torch.float32 else "ieee"
     return {"ACC": acc, "OPERAND": operand, "DOT": operand, "PRECISION": precision}
 
 

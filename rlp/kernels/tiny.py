@@ -121,13 +121,13 @@ def _bias_strides(bias: Tensor | None) -> tuple[int, ...]:
 
 
 @triton.jit
-def _class_of(classes_of, row, classes):
-    """The row's class and whether it exists; class 0 where heads are shared."""
+def _class_of(classes_of, row, classes, n):
+    """The row's class, 0 where heads are shared, and how many labels it has: none if there is no such class."""
     if classes_of is None:  # noqa: SIM108  (settled when the kernel is compiled)
         c = tl.zeros([], tl.int64)
     else:
         c = tl.load(classes_of + row)
-    return c, (c >= 0) & (c < classes)
+    return c, tl.where((c >= 0) & (c < classes), n, 0)
 
 
 @triton.jit(do_not_specialize=["heads", "classes"])
@@ -139,10 +139,10 @@ def forward_kernel(
 ):  # fmt: skip
     """Logits and statistics of one row and head."""
     row, head = (tl.program_id(0) // heads).to(tl.int64), (tl.program_id(0) % heads).to(tl.int64)
-    c, has_class = _class_of(classes_of, row, classes)
+    c, labels = _class_of(classes_of, row, classes, n)
     label = tl.load(target + row * t_row + head * t_head)
     j, d = tl.arange(0, LABELS), tl.arange(0, BLOCK_D).to(tl.int64)
-    known = (j < n) & has_class
+    known = j < labels
     source = x + row * x_row + head * x_head
     tile = weight + head * w_head + c * w_class + (j.to(tl.int64) * w_label)[:, None]
     total = tl.zeros([LABELS, BLOCK_D], ACC)
@@ -155,7 +155,7 @@ def forward_kernel(
     if bias is not None:
         shift = tl.load(bias + head * b_head + c * b_class + j.to(tl.int64) * b_label, mask=known, other=0.0)
         z += shift.to(OPERAND).to(ACC)
-    z = tl.where(has_class, z, float("nan"))
+    z = tl.where(labels > 0, z, float("nan"))
     one = row * heads + head
     if logits is not None:
         tl.store(logits + one * n + j, z, mask=j < n)
@@ -222,7 +222,7 @@ def _weight_gradient(
     inside = (j < n)[:, None] & (d < dim)[None, :]
     tl.store(dw + out[:, None] * dim + d[None, :], (total * (mean / BOOST)).to(dw.dtype.element_ty), mask=inside)
     if db is not None:
-        tl.store(db + out, (total_bias * mean).to(db.dtype.element_ty), mask=(j < n) & (tile == 0))
+        tl.store(db + out, (total_bias * mean).to(db.dtype.element_ty), mask=j < tl.where(tile == 0, n, 0))
 
 
 @triton.jit
@@ -236,8 +236,8 @@ def _feature_gradient(
     j, d = tl.arange(0, LABELS), program % tiles * BLOCK_D + tl.arange(0, BLOCK_D).to(tl.int64)
     line = (program // tiles).to(tl.int64)  # of dx
     row = line if SHARED else line // heads
-    c, has_class = _class_of(classes_of, row, classes)
-    known = (j < n) & has_class
+    c, labels = _class_of(classes_of, row, classes, n)
+    known = j < labels
     tile = weight + c * w_class + (j.to(tl.int64) * w_label)[:, None] + (d * w_dim)[None, :]
     total = tl.zeros([LABELS, BLOCK_D], ACC)
     for step in range(heads if SHARED else 1):

@@ -191,6 +191,16 @@ def test_the_latest_losses_stay_on_the_device():
     assert heads.steps.item() == 2
 
 
+def test_an_empty_batch_leaves_no_trace_in_the_readings():
+    model = network()
+    heads = small_heads(model)
+    for batch in (0, 4):
+        model(images(batch=batch))
+        heads.loss(torch.arange(batch), lam=0.5).backward()
+    assert all(row.count == 4 and math.isfinite(row.loss) for row in heads.metrics())
+    assert all(part.grad is None or part.grad.isfinite().all() for part in [*model.parameters(), *heads.parameters()])
+
+
 def test_running_sums_go_on_from_a_checkpoint():
     model = network()
     whole, first, second = small_heads(model), small_heads(model), small_heads(model)

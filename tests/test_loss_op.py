@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlp.errors import UserError
 from rlp.kernels import loss as loss_module
-from rlp.kernels import ops
+from rlp.kernels import ops, whole
 from rlp.kernels.loss import random_label_loss
 from rlp.kernels.problem import Problem, Upstream, sort_by_class
 from rlp.losses import forget_penalty, uniform_penalty
@@ -132,6 +132,115 @@ def test_two_backward_passes_through_one_forward(path: str) -> None:
         torch.testing.assert_close(part.grad, 2 * first, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_of_the_entropy_and_of_an_ordinary_loss(compiled: bool) -> None:
+    """Routes that the training loss has not; once as a function of its own, once as a compiled operator."""
+    torch._dynamo.reset()
+    case = case_for("whole")
+
+    def ordinary(x: Tensor, weight: Tensor, bias: Tensor, implementation: str) -> Tensor:
+        fit, stats = random_label_loss(
+            x, weight, bias, case.target, entropy=True, fit_to_features=True, impl=implementation
+        )
+        assert stats.entropy_rest is not None
+        return fit.sum() + (stats.entropy_rest * case.pull[1]).sum()
+
+    function = torch.compile(ordinary, fullgraph=True, backend="aot_eager") if compiled else ordinary
+    found, expected = leaves(case), leaves(case)
+    function(*found, "eager").backward()
+    ordinary(*expected, "reference").backward()
+    torch.testing.assert_close([part.grad for part in found], [part.grad for part in expected])
+
+
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+@pytest.mark.parametrize("classes", [None, 4])
+def test_an_empty_batch_has_gradients_of_zero(impl: str, classes: int | None) -> None:
+    """As in plain PyTorch: the last batch of a rank may hold no sample, and its NaN must not reach the weights."""
+    if impl == "triton":
+        pytest.importorskip("triton")
+    case = random_case(0, 0, 2, 5, 3, classes=classes)
+    x, weight, bias = leaves(case)
+    fit, stats = random_label_loss(x, weight, bias, case.target, case.classes, impl=impl)
+    (fit.sum() + forget_penalty(stats).sum()).backward()
+    assert fit.isnan().all()
+    for part in (x, weight, bias):
+        assert part.grad is not None
+        assert torch.equal(part.grad, torch.zeros_like(part))
+
+
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+def test_second_derivatives_are_refused(impl: str) -> None:
+    """Also where the arriving gradient is a constant, as that of a sum: there PyTorch would leave them out unsaid."""
+    if impl == "triton":
+        pytest.importorskip("triton")
+    case = case_for("whole")
+    x, weight, bias = leaves(case)
+    fit, stats = random_label_loss(x, weight, bias, case.target, impl=impl)
+    loss = fit.sum() + stats.z_t.sum()
+    (plain,) = torch.autograd.grad(loss, weight, retain_graph=True)
+    slope, steep = torch.autograd.grad(loss, (weight, x), create_graph=True)
+    torch.testing.assert_close(slope, plain, rtol=0, atol=0)
+    for part in (slope, steep):
+        with pytest.raises(UserError, match="the random-label loss has no second derivatives"):
+            (loss + part.square().sum()).backward(retain_graph=True)
+
+
+@pytest.mark.parametrize("changed", ["x", "weight", "bias", "target"])
+def test_what_changed_before_the_backward_pass_is_noticed(changed: str) -> None:
+    case = case_for("whole")
+    inputs: dict[str, Any] = {"target": case.target.clone()}
+    inputs |= zip(("x", "weight", "bias"), leaves(case), strict=True)
+    fit, stats = random_label_loss(**inputs)
+    with torch.no_grad():
+        inputs[changed].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (fit.sum() + stats.z_t.sum()).backward()
+
+
+@pytest.mark.parametrize("asked", ["x", "weight", "bias"])
+def test_a_single_input_that_asks_for_a_gradient(asked: str) -> None:
+    """Frozen weights, or nothing but the bias to be trained."""
+    case = case_for("whole")
+    found = []
+    for impl in ("eager", "reference"):
+        inputs = {"x": case.x, "weight": case.weight, "bias": case.bias}
+        inputs[asked] = leaf = cast(Tensor, inputs[asked]).clone().requires_grad_()
+        fit, stats = random_label_loss(**cast(dict[str, Any], inputs), target=case.target, impl=impl)
+        (stats.lse_rest if asked == "x" else fit).sum().backward()
+        found.append(leaf.grad)
+    torch.testing.assert_close(found[0], found[1])
+
+
+@pytest.mark.parametrize(("asked", "routes"), [("fit", (True, False)), ("stats", (False, True))])
+def test_a_route_without_a_gradient_costs_no_pass(asked: str, routes: tuple[bool, bool], monkeypatch) -> None:
+    """Though both were open in the forward pass."""
+    case, seen = case_for("whole"), []
+    backward = whole.backward
+    monkeypatch.setattr(
+        whole, "backward", lambda p, *a: seen.append((p.need_weight, p.need_features)) or backward(p, *a)
+    )
+    fit, stats = random_label_loss(*leaves(case), case.target)
+    (fit if asked == "fit" else stats.z_t).sum().backward()
+    assert seen == [routes]
+
+
+@pytest.mark.parametrize("path", EAGER)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_shows(path: str, value: float) -> None:
+    """In the loss, the weights' gradient and its own row's, and in no other row."""
+    case = case_for(path)
+    case.x[2, 1] = value
+    found = by_path(case, path, False, 500)
+    assert found.dx is not None
+    assert found.dweight is not None
+    assert not found.fit.isfinite().any()
+    assert not found.dx[2].isfinite().any()
+    assert not found.dweight.isfinite().all()
+    others = [row for row in range(7) if row != 2]
+    assert found.dx[others].isfinite().all()
+    assert found.stats.z_t[others].isfinite().all()
+
+
 def test_autocast_ends_in_the_types_of_the_inputs() -> None:
     case = case_for("whole").to(torch.float32)
     exact = by_reference(case_for("whole"))
@@ -204,6 +313,7 @@ def test_temporary_matrices_stay_within_the_budget(path: str, n: int) -> None:
 def test_the_path_follows_from_the_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[str] = []
     monkeypatch.setattr(loss_module.ops, "random_label_loss", lambda *a: taken.append(a[5]) or (None, None))
+    monkeypatch.setattr(loss_module, "check_range", lambda *a: None)  # of values, which there are none
 
     def path(batch: int, heads: int, n: int, dim: int = 4, classes: int | None = None, **options: Any) -> str:
         shape = (heads, n, dim) if classes is None else (heads, classes, n, dim)
@@ -218,6 +328,7 @@ def test_the_path_follows_from_the_shapes(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def _check_paths(path: Callable[..., str]) -> None:
+    assert path(0, 8, 10) == "whole"
     assert path(512, 8, 10) == "whole"
     assert path(512, 8, 10, impl="triton") == "tiny"
     assert path(512, 8, 65, impl="triton") == "whole"
@@ -280,6 +391,8 @@ GOOD = {
         ({"bias": torch.zeros(5)}, r"bias has the shape \[5\]; expected \[2, 5\]"),
         ({"target": torch.zeros(4, dtype=torch.int64)}, r"target has the shape \[4\]; expected \[4, 2\]"),
         ({"target": torch.zeros(4, 2)}, "target is torch.float32; expected int64"),
+        ({"target": torch.zeros(4, 2, dtype=torch.int32)}, "target is torch.int32; expected int64"),
+        ({"x": torch.zeros(())}, r"x has the shape \[\]; expected \[B, 3\]"),
         ({"x": torch.zeros(4, 3, dtype=torch.int64)}, "x is torch.int64; expected one of torch.float16"),
         ({"classes": torch.zeros(4, dtype=torch.int64)}, r"weight has the shape \[2, 5, 3\]; expected \[H, C, n, D\]"),
         ({"weight": torch.zeros(2, 5, 3, device="meta")}, "weight is on meta, x on cpu"),
@@ -290,3 +403,19 @@ GOOD = {
 def test_wrong_arguments_are_named(changed: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         random_label_loss(**cast(dict[str, Any], GOOD | changed))
+
+
+@pytest.mark.parametrize("impl", ["reference", "eager", "triton"])
+@pytest.mark.parametrize("budget", [1, 2**28])
+@pytest.mark.parametrize("wrong", [-1, 5])
+def test_labels_and_classes_out_of_range_are_named_on_a_cpu(impl: str, budget: int, wrong: int) -> None:
+    if impl == "triton":
+        pytest.importorskip("triton")
+    target = GOOD["target"].index_fill(0, torch.tensor(2), wrong)
+    with pytest.raises(UserError, match=rf"target holds {wrong}; expected random labels in \[0, 5\)"):
+        random_label_loss(**cast(dict[str, Any], GOOD | {"target": target}), memory_budget=budget, impl=impl)
+    case = random_case(0, 4, 2, 3, 3, classes=5)
+    classes = torch.tensor([0, 4, wrong, 2])
+    for given in (classes, sort_by_class(classes, 5)):
+        with pytest.raises(UserError, match=rf"classes holds {wrong}; expected class ids in \[0, 5\)"):
+            random_label_loss(case.x, case.weight, case.bias, case.target, given, memory_budget=budget, impl=impl)

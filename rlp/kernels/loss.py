@@ -60,7 +60,9 @@ def random_label_loss(
     Raises:
         UserError: shapes, types or devices do not fit together, or the implementation cannot be had.
 
-    Labels and classes out of range are an error on the CPU; on a GPU nobody looks, and the loss is not finite.
+    Labels and classes out of range are an error on the CPU; on a GPU and in compiled code nobody looks, and the loss
+    is not finite. Of an empty batch the fit loss is NaN, as a mean over nothing is, and its gradients are 0. There are
+    no second derivatives, except with ``reference``.
     """
     check_arguments(x, weight, bias, target, classes, memory_budget, impl)
     dtype = product_dtype(x, weight)
@@ -153,7 +155,7 @@ def check_arguments(
     heads, n, dim = weight.shape[0], weight.shape[-2], weight.shape[-1]
     if n < 2:
         raise UserError(f"weight has {n} random label for a head; expected at least 2")
-    if tuple(x.shape) not in ((len(x), dim), (len(x), heads, dim)):
+    if tuple(x.shape[1:]) not in ((dim,), (heads, dim)):
         raise UserError(f"x has the shape {[*x.shape]}; expected [B, {dim}] or [B, {heads}, {dim}], as the weight has")
     expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {"target": (target, (len(x), heads))}
     if bias is not None:
@@ -177,3 +179,14 @@ def check_arguments(
         raise UserError(f"memory_budget is {memory_budget}; expected a number of bytes above 0")
     if isinstance(classes, ClassOrder) and len(classes.offsets) != weight.shape[1] + 1:
         raise UserError(f"classes were sorted for {len(classes.offsets) - 1} classes; the weight has {weight.shape[1]}")
+    check_range(target, n, "target", "random labels")
+    if given is not None:
+        check_range(given, weight.shape[1], "classes", "class ids")
+
+
+def check_range(ids: Tensor, count: int, name: str, what: str) -> None:
+    """Raise a UserError unless int64 `ids` lie in [0, count); on a GPU, where the host would wait, nobody looks."""
+    if ids.is_cpu and ids.numel() and not torch.compiler.is_compiling():
+        low, high = map(int, ids.aminmax())
+        if low < 0 or high >= count:
+            raise UserError(f"{name} holds {low if low < 0 else high}; expected {what} in [0, {count})")

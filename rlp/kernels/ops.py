@@ -5,12 +5,15 @@ microseconds on the host, more than a small problem on the device, so that eager
 returns tensors only: what is absent is an empty tensor. The last arguments everywhere are the options of `Problem`.
 """
 
+from collections.abc import Callable
+from functools import wraps
 from importlib import import_module
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from rlp.errors import UserError
 from rlp.kernels.problem import ClassOrder, Gradients, Kept, Path, Problem, Upstream
 from rlp.kernels.reference import Statistics, mean_fit
 
@@ -36,6 +39,12 @@ def _forward(problem: Problem, path: str) -> tuple[Tensor, Statistics, Kept]:
 
 
 def _backward(problem: Problem, path: str, stats: Statistics, kept: Kept, upstream: Upstream) -> Gradients:
+    if not problem.batch:  # the paths divide by it
+        return Gradients(
+            torch.zeros_like(problem.x) if problem.need_features else None,
+            torch.zeros_like(problem.weight) if problem.need_weight else None,
+            None if problem.bias is None or not problem.need_weight else torch.zeros_like(problem.bias),
+        )
     with torch.autocast(problem.x.device.type, enabled=False):
         return path_named(path).backward(problem, stats, kept, upstream)
 
@@ -50,6 +59,37 @@ def _arriving(stats: Statistics, grads: tuple[Tensor | None, ...], fit_to_featur
 
 
 # -- step by step ------------------------------------------------------------------------------------------------
+
+
+def differentiable_once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """A function's backward pass whose results are an error to differentiate.
+
+    PyTorch's `once_differentiable` takes them for constants where the arriving gradients are: a gradient penalty on
+    ``fit.sum()`` would do nothing, without a word.
+    """
+
+    @wraps(backward)
+    def wrapped(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        if not torch.is_grad_enabled():  # nobody passed create_graph
+            return found
+        return _Once.apply(torch.zeros((), requires_grad=True), *found)  # pyright: ignore[reportReturnType]
+
+    return wrapped
+
+
+class _Once(torch.autograd.Function):
+    """Gradients as they are; their own are an error."""
+
+    @staticmethod
+    def forward(ctx: Any, source: Tensor, *grads: Tensor | None):
+        return grads
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        raise UserError("the random-label loss has no second derivatives; expected create_graph=False, or impl "
+                        "'reference'")  # fmt: skip
 
 
 class _Loss(torch.autograd.Function):
@@ -67,7 +107,7 @@ class _Loss(torch.autograd.Function):
         return fit, stats.z_t, stats.lse_rest, stats.z_mean, stats.entropy_rest, stats.max_rest
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, *grads: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, bias, target, entropy_rest, z_t, lse_rest, z_mean, max_rest, *rest = ctx.saved_tensors
         stats = Statistics(z_t, lse_rest, z_mean, max_rest, entropy_rest)

@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rlp.errors import UserError
 from rlp.kernels.loss import MEMORY_BUDGET, check_arguments, check_impl, product_dtype, uses_triton
-from rlp.kernels.ops import path_named
+from rlp.kernels.ops import differentiable_once, path_named
 from rlp.kernels.problem import ClassOrder, Problem, Upstream, sort_by_class
 from rlp.kernels.products import softmax_of
 from rlp.kernels.reference import RandomLabelLoss, Statistics, mean_fit
@@ -91,7 +90,7 @@ class _Loss(torch.autograd.Function):
         return fit, *stats
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore
         """The gradient of x; what the fit loss asks of the weights goes into the sink."""
         x, weight, bias, target, *rest = ctx.saved_tensors

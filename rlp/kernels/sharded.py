@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 import torch.distributed as dist
 
 from rlp.errors import UserError
 from rlp.kernels import by_columns
-from rlp.kernels.loss import FLOATS, MEMORY_BUDGET, check_impl, product_dtype, uses_triton
+from rlp.kernels.loss import FLOATS, MEMORY_BUDGET, check_impl, check_range, product_dtype, uses_triton
+from rlp.kernels.ops import differentiable_once
 from rlp.kernels.problem import Problem, Upstream
 from rlp.kernels.reference import RandomLabelLoss, Statistics, mean_fit
 
@@ -118,7 +118,7 @@ def _check(
     if weight.dim() != 3 or not weight.shape[1]:
         raise UserError(f"weight has the shape {[*weight.shape]}; expected [H, n_r, D] with a label at least")
     heads, labels, dim = weight.shape
-    if tuple(x.shape) not in ((len(x), dim), (len(x), heads, dim)):
+    if tuple(x.shape[1:]) not in ((dim,), (heads, dim)):
         raise UserError(f"x has the shape {[*x.shape]}; expected [B, {dim}] or [B, {heads}, {dim}], as the weight has")
     shapes = {"target": (target, (len(x), heads)), "bias": (bias, (heads, labels)), "weight": (weight, weight.shape)}
     for name, (tensor, shape) in shapes.items():
@@ -133,8 +133,7 @@ def _check(
             raise UserError(f"{name} is {tensor.dtype}; expected one of {', '.join(map(str, FLOATS))}")
     if target.dtype != torch.int64:
         raise UserError(f"target is {target.dtype}; expected int64")
-    if target.device.type == "cpu" and ((target < 0) | (target >= num_labels)).any():
-        raise UserError(f"target has the labels {target.min()} to {target.max()}; expected 0 to {num_labels - 1}")
+    check_range(target, num_labels, "target", "random labels")
 
 
 @dataclass(frozen=True)
@@ -244,7 +243,7 @@ class _ShardedLoss(torch.autograd.Function):
         return fit, *mine
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, fit: Tensor | None, *arriving: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore
         """Gradients of x, weight and bias. The ranks communicate where x has one, whatever arrives."""
         joint, weight, bias, target, *parts = ctx.saved_tensors

@@ -267,6 +267,8 @@ class RandomLabelHeads(nn.Module):
         """Adds a batch: mean fit losses ``[L, H]``, and the statistics ``[B, H]`` at each tap."""
         right = torch.stack([correct(part).sum(0) for part in stats])
         count = len(stats[0].z_t)
+        if not count:  # whose mean is NaN
+            return
         seen = torch.full_like(right, count)
         self._sums(mode).add_(torch.stack([fits.detach().double() * count, right, seen], dim=-1))
 

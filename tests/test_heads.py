@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from rlp.errors import UserError
 from rlp.labels import random_labels, random_words
 from rlp.models import RandomLabelHeads, attach
+from rlp.models import heads as heads_module
 from rlp.models.heads import HeadBank
 
 DIM, BATCH, DRAWS, LABELS = 6, 8, 3, 5
@@ -189,6 +190,22 @@ def test_the_latest_losses_stay_on_the_device():
     assert not heads.last_fit.requires_grad
     assert not heads.last_penalty.requires_grad
     assert heads.steps.item() == 2
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_implementation_and_budget_reach_every_call(layers, monkeypatch):
+    seen = []
+    loss = heads_module.random_label_loss
+    monkeypatch.setattr(heads_module, "random_label_loss", lambda *a, **how: seen.append(how) or loss(*a, **how))
+    model = network()
+    heads = small_heads(model, impl="eager", memory_budget=1000, layers=layers, hidden=3)
+    for lam in (0.0, 0.5):
+        model(images())
+        heads.loss(torch.arange(BATCH), lam=lam)
+    model(images())
+    heads.evaluate(torch.arange(BATCH))
+    assert seen
+    assert all(how["impl"] == "eager" and how["memory_budget"] == 1000 for how in seen)
 
 
 def test_an_empty_batch_leaves_no_trace_in_the_readings():

@@ -277,6 +277,22 @@ def test_low_precision_is_as_good_as_plain(path: str, dtype: torch.dtype, scale:
         assert value <= 2 * plain[name] + 4 * torch.finfo(dtype).eps, name
 
 
+@pytest.mark.parametrize("path", ["whole", "by_columns"])
+@pytest.mark.parametrize("size", [1.0, 1e-8])
+def test_small_gradients_live_in_float16(path: str, size: float) -> None:
+    """Those of a mean over a large batch would be 0 among float16's products, of which a CPU makes none by itself."""
+    low = case_for(path).to(torch.float16).to(torch.float32)
+    exact = by_reference(replace(low.to(torch.float64), pull=low.pull.double() * size))
+    x, weight, bias = leaves(low)
+    fit, stats = ops.random_label_loss(
+        x, weight, bias, low.target, [], path, False, torch.float16, False, True, True, 500, False
+    )
+    pairs = zip(stats[:3], low.pull[1:4] * size, strict=True)
+    found = torch.autograd.grad(sum(((part * pull).sum() for part, pull in pairs), start=fit.new_zeros(())), x)
+    assert exact.dx is not None
+    torch.testing.assert_close(found[0].double(), exact.dx, rtol=1e-2, atol=1e-2 * size)
+
+
 class Largest(TorchDispatchMode):
     """Remembers the largest tensor that an operation made, in bytes, of more than two dimensions or any."""
 

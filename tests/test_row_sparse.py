@@ -217,6 +217,20 @@ def test_zero_grad_forgets_and_no_backward_is_no_step() -> None:
     assert not optimizer.state
 
 
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+def test_a_frozen_parameter_does_not_move(frozen: str) -> None:
+    case = random_case(0, 6, 2, 5, 4, classes=3)
+    assert case.bias is not None
+    assert case.classes is not None
+    weight, bias = nn.Parameter(case.weight.clone()), nn.Parameter(case.bias.clone())
+    optimizer = RowSparseAdamW(weight, bias)
+    (weight if frozen == "weight" else bias).requires_grad_(False)
+    optimizer.loss(case.x, case.target, case.classes).fit.sum().backward()
+    optimizer.step()
+    assert torch.equal(weight, case.weight) == (frozen == "weight")
+    assert torch.equal(bias, case.bias) == (frozen == "bias")
+
+
 def test_changed_weights_are_noticed_by_autograd() -> None:
     parameters = random_parameters(1, 2, 3, 4)
     for impl in ("eager", "triton"):

@@ -86,7 +86,7 @@ class RowSparseOptimizer(Optimizer):
     ``step`` does, for each class with a row since ``zero_grad``, what the dense optimiser does, and leaves all others:
     their moments and weights do not decay, and bias corrections count the steps of a class. Backward passes add up
     until ``zero_grad``. Over the ranks of `group` the gradient is the mean, as DDP's; from equal weights all ranks get
-    the same ones to the bit.
+    the same ones to the bit. A GradScaler has no ``.grad`` to look at and refuses; bfloat16 needs none.
     """
 
     def __init__(
@@ -132,8 +132,9 @@ class RowSparseOptimizer(Optimizer):
             return loss
         order = sort_by_class(factors.classes, self.weight.shape[1])
         dz, x = factors.dz[order.rows], factors.x[order.rows]
-        self._update(self.weight, self.param_groups[0], dz, x, order.offsets)
-        if self.bias is not None:  # a weight of one feature, which is 1
+        if self.weight.requires_grad:
+            self._update(self.weight, self.param_groups[0], dz, x, order.offsets)
+        if self.bias is not None and self.bias.requires_grad:  # a weight of one feature, which is 1
             self._update(self.bias, self.param_groups[1], dz, x.new_ones(len(x), 1), order.offsets)
         return loss
 

@@ -186,7 +186,11 @@ def check_arguments(
 
 def check_range(ids: Tensor, count: int, name: str, what: str) -> None:
     """Raise a UserError unless int64 `ids` lie in [0, count); on a GPU, where the host would wait, nobody looks."""
-    if ids.is_cpu and ids.numel() and not torch.compiler.is_compiling():
-        low, high = map(int, ids.aminmax())
-        if low < 0 or high >= count:
-            raise UserError(f"{name} holds {low if low < 0 else high}; expected {what} in [0, {count})")
+    if not ids.is_cpu or not ids.numel() or torch.compiler.is_compiling():
+        return
+    low, high = ids.aminmax()
+    try:
+        torch._assert_async((low >= 0) & (high < count))  # unlike `if`, no value in Python: no step may ask for one
+    except RuntimeError:
+        wrong = int(low) if low < 0 else int(high)
+        raise UserError(f"{name} holds {wrong}; expected {what} in [0, {count})") from None

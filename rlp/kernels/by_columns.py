@@ -28,7 +28,7 @@ Piece = tuple[slice, slice]
 
 def pieces(problem: Problem) -> Iterator[tuple[slice, list[Piece]]]:
     """Groups of heads, each with its pieces, whose logits and two gradients fit into the budget if one column does."""
-    columns = max(1, problem.budget // (3 * problem.batch * problem.dtype.itemsize))
+    columns = max(1, problem.budget // ((3 + problem.entropy) * problem.batch * problem.logits_dtype.itemsize))
     heads, n = max(1, columns // problem.num_labels), problem.num_labels
     for start in range(0, problem.heads, heads):
         group = slice(start, min(start + heads, problem.heads))

@@ -21,7 +21,7 @@ from rlp.kernels.reference import Statistics
 
 def rows_per_chunk(problem: Problem) -> int:
     """Rows whose logits fit into the budget, at least one; chunks of about equal size."""
-    most = max(1, problem.budget // (problem.num_labels * problem.dtype.itemsize))
+    most = max(1, problem.budget // (problem.num_labels * problem.logits_dtype.itemsize))
     chunks = -(-problem.batch // most)
     return -(-problem.batch // chunks)
 

@@ -118,7 +118,8 @@ def _choose_path(
         return "tiny"
     if by_class:
         return "grouped" if triton else "by_class"
-    row = n * dtype.itemsize
+    in_products = triton and (need_weight or need_features)  # else logits are float32 at least
+    row = n * (dtype.itemsize if in_products else max(4, dtype.itemsize))
     if (1 + need_weight + need_features) * batch * heads * row <= budget:
         return "whole"
     can_keep = heads <= FEW_HEADS and not entropy and (need_weight or need_features)
@@ -190,7 +191,8 @@ def check_range(ids: Tensor, count: int, name: str, what: str) -> None:
         return
     low, high = ids.aminmax()
     try:
-        torch._assert_async((low >= 0) & (high < count))  # unlike `if`, no value in Python: no step may ask for one
+        # Unlike `if` this asks for no value in Python, as no step may.
+        torch._assert_async((low >= 0) & (high < count))  # pyright: ignore[reportPrivateImportUsage]
     except RuntimeError:
         wrong = int(low) if low < 0 else int(high)
         raise UserError(f"{name} holds {wrong}; expected {what} in [0, {count})") from None

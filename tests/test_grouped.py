@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 import pytest
 import torch
 from torch import Tensor
-import triton  # noqa: F401  (this file is left out where it is missing)
+import triton.language as tl
 
 from rlp.kernels import grouped, ops
-from rlp.kernels.problem import sort_by_class
+from rlp.kernels.problem import Problem, sort_by_class
 from rlp.losses import forget_penalty, uniform_penalty
 from tests.loss_cases import Case, Outcome, assert_same, by_path, by_reference, poisoned, random_case
 
@@ -198,14 +198,35 @@ def test_a_class_out_of_range_makes_its_row_nan_and_has_no_gradient(wrong: int) 
     rest = replace(
         case, x=case.x[others], target=case.target[others], classes=classes[others], pull=case.pull[:, others]
     )
-    expected = by_reference(rest, "")
+    expected = by_reference(rest)
     with poisoned():
-        found = by_path(replace(case, classes=classes), "grouped", True, routes="")
+        found = by_path(replace(case, classes=classes), "grouped", True)
     for mine, theirs in zip(found.stats[:4], expected.stats[:4], strict=True):
         assert mine is not None
         assert theirs is not None
         assert mine[5].isnan().all()
         torch.testing.assert_close(mine[others], theirs)
+    assert found.dx is not None
+    assert found.dweight is not None
+    assert expected.dweight is not None
+    assert not found.dx[5].any()
+    torch.testing.assert_close(found.dx[others], expected.dx)
+    share = 7 / 8 * case.pull[0].mean() / rest.pull[0].mean()  # of a mean over eight rows instead of seven
+    torch.testing.assert_close(found.dweight, expected.dweight * share)
+
+
+def test_places_past_two_to_the_31() -> None:
+    """With the features outermost, a tile of the weight can reach that far; the memory between is never touched."""
+    case = random_case(14, 5, 1, 3, 20, classes=2)
+    problem = Problem(case.x, case.weight, None, case.target, None, torch.float64, False, True, True, 2**28, True)
+    assert grouped._index(problem) == tl.int32
+    far = torch.empty_strided((1, 2, 3, 20), (6, 3, 1, 2**27), dtype=torch.float64, device="meta")
+    assert grouped._index(replace(problem, weight=far)) == tl.int64
+    with pytest.MonkeyPatch.context() as patch, poisoned():
+        patch.setattr(grouped, "_index", lambda _: tl.int64)
+        assert_same(by_path(case, "grouped", True), by_reference(case))
+        case = replace(case, entropy=True)
+        assert_same(by_path(case, "grouped", True), by_reference(case))
 
 
 # -- on a GPU ----------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ reads the weight once more.
 import torch
 from torch import Tensor
 import triton
+import triton.language as tl
 
 from rlp.kernels.grouped_kernels import combine_kernel, features_kernel, forward_kernel, weight_kernel
 from rlp.kernels.problem import ClassOrder, Gradients, Kept, Problem, Upstream
@@ -61,7 +62,7 @@ def forward(problem: Problem) -> tuple[Statistics, Kept]:
             x, problem.weight, _contiguous(problem.bias), problem.target.contiguous(), order.rows, order.offsets,
             *stats, *([None] if not problem.entropy else []), *(part if part.numel() else None for part in parts),
             problem.batch, *_sizes(problem), *_strides(x), *problem.weight.stride(), STEPS=_steps(problem),
-            **dot_types(problem), **launch,
+            INDEX=_index(problem), **dot_types(problem), **launch,
         )  # fmt: skip
     return Statistics(*stats), parts
 
@@ -85,8 +86,8 @@ def _combine(problem: Problem, toward: Tensor, upstream: Upstream) -> Tensor:
         combine_kernel[(problem.batch, 1 if shared else problem.heads)](
             toward, problem.weight, problem.target.contiguous(), order.classes, order.rows, order.offsets,
             *(_contiguous(part) for part in upstream[1:4]), dx, problem.batch, *_sizes(problem),
-            *problem.weight.stride(), ACC=types["ACC"], OPERAND=types["OPERAND"], SHARED=shared, BLOCK_D=block,
-            num_warps=max(1, min(4, block // 128)),
+            *problem.weight.stride(), ACC=types["ACC"], OPERAND=types["OPERAND"], SHARED=shared,
+            INDEX=_index(problem), BLOCK_D=block, num_warps=max(1, min(4, block // 128)),
         )  # fmt: skip
     return dx
 
@@ -102,7 +103,8 @@ def _features(problem: Problem, logits: Tensor, stats: Statistics, upstream: Ups
         features_kernel[grid](
             logits, problem.weight, problem.target.contiguous(), order.rows, order.offsets, stats.lse_rest,
             stats.entropy_rest, *(_contiguous(part) for part in upstream[1:]), dx, *_sizes(problem),
-            *problem.weight.stride(), SHARED=shared, STEPS=_steps(problem), **dot_types(problem), **launch,
+            *problem.weight.stride(), SHARED=shared, STEPS=_steps(problem), INDEX=_index(problem),
+            **dot_types(problem), **launch,
         )  # fmt: skip
     return scaled(dx, scale, problem.x.dtype)
 
@@ -169,6 +171,12 @@ def _order(problem: Problem) -> ClassOrder:
 def _steps(problem: Problem) -> int:
     """Of a binary search over the classes."""
     return (problem.weight.shape[1] - 1).bit_length()
+
+
+def _index(problem: Problem) -> tl.dtype:
+    """int64 only where a tile of at most 64 labels reaches far, with the features not innermost: it takes registers."""
+    *_, label, dim = problem.weight.stride()
+    return tl.int64 if 64 * label + 2 * problem.dim * dim >= 2**31 else tl.int32
 
 
 def _sizes(problem: Problem) -> tuple[int, ...]:

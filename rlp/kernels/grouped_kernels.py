@@ -4,7 +4,8 @@
 
 Everywhere 16 places for rows are the columns of a product and labels or features its rows, for a class has few rows.
 ACC is the type of sums; OPERAND that of the products, to which operands are rounded; DOT that in which they are
-multiplied, another one only in Triton's interpreter, which gets half precision wrong. Positions count sorted rows.
+multiplied, another one only in Triton's interpreter, which gets half precision wrong. INDEX is the type of places in a
+tile of the weight. Positions count sorted rows.
 """
 
 import triton
@@ -76,7 +77,7 @@ def forward_kernel(
     x, weight, bias, target, rows, offsets, z_t, lse_rest, z_mean, max_rest, entropy_rest, logits, toward,
     batch, heads, classes, n, dim, x_row, x_head, w_head, w_class, w_label, w_dim,
     ACC: tl.constexpr, OPERAND: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STEPS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr, INDEX: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Statistics of one block, online over the labels; the last slot is for the rows without a class.
 
@@ -94,7 +95,8 @@ def forward_kernel(
             there = (position < end) & (place < ROWS)
             row = tl.load(rows + position, mask=there, other=0)
             label = tl.load(target + row * heads + head, mask=there, other=-1)
-            d, lane = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
+            d, lane = tl.arange(0, BLOCK_D).to(INDEX), tl.arange(0, BLOCK_N).to(INDEX)
+            step_n, step_d = tl.full([], BLOCK_N, INDEX) * w_label, tl.full([], BLOCK_D, INDEX) * w_dim
             source = x + (row * x_row + head * x_head)[None, :] + d[:, None]
             tile = weight + head * w_head + c * w_class
             lanes = lane[:, None] * w_label + d[None, :] * w_dim
@@ -118,13 +120,15 @@ def forward_kernel(
                     z = tl.dot(w, columns, input_precision=PRECISION, out_dtype=ACC)
                 else:
                     z = tl.zeros([BLOCK_N, PLACES], ACC)
+                    part_of_tile = tile
                     for ahead in tl.range(0, dim, BLOCK_D):
                         has_d = d < dim - ahead
-                        w = tl.load(tile + ahead * w_dim + lanes, mask=known & has_d[None, :], other=0.0)
+                        w = tl.load(part_of_tile + lanes, mask=known & has_d[None, :], other=0.0)
                         part = tl.load(source + ahead, mask=has_d[:, None] & there[None, :], other=0.0)
                         w, part = w.to(OPERAND).to(DOT), part.to(OPERAND).to(DOT)
                         z = tl.dot(w, part, z, input_precision=PRECISION, out_dtype=ACC)
-                tile += BLOCK_N * w_label
+                        part_of_tile += step_d
+                tile += step_n
                 if bias is not None:
                     shift = tl.load(bias + one * n + begin + lane, mask=lane < n - begin, other=0.0)
                     z += tl.where(there[None, :], shift.to(OPERAND).to(ACC)[:, None], 0.0)
@@ -172,11 +176,12 @@ def _across(values, where, there):
         return tl.load(values + where, mask=there, other=0.0)[None, :]
 
 
-@triton.jit(do_not_specialize=["batch", "heads", "classes", "n", "first_stride", "last_stride"])
+@triton.jit(do_not_specialize=["batch", "heads", "classes", "n"])
 def combine_kernel(
     toward, weight, target, classes_of, rows, offsets, g_z_t, g_lse_rest, g_z_mean, dx,
     batch, heads, classes, n, dim, w_head, w_class, w_label, w_dim,
-    ACC: tl.constexpr, OPERAND: tl.constexpr, SHARED: tl.constexpr, BLOCK_D: tl.constexpr,
+    ACC: tl.constexpr, OPERAND: tl.constexpr, SHARED: tl.constexpr, INDEX: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """``g_lse Σ_j r_j W_j + g_t W_t + g_mean mean(W)`` of one row, for one head or, with SHARED, for all."""
     position = tl.program_id(0).to(tl.int64)
@@ -184,7 +189,7 @@ def combine_kernel(
     c = tl.load(classes_of + row)
     has_class = (c >= 0) & (c < classes)
     start = tl.load(offsets + c, mask=has_class, other=0)
-    d = tl.arange(0, BLOCK_D)
+    d = tl.arange(0, BLOCK_D).to(INDEX)
     total = tl.zeros([BLOCK_D], ACC)
     for step in range(heads if SHARED else 1):
         head = tl.program_id(1).to(tl.int64) + step
@@ -210,7 +215,7 @@ def features_kernel(
     logits, weight, target, rows, offsets, lse_rest, entropy_rest, g_z_t, g_lse_rest, g_z_mean, g_entropy_rest, dx,
     heads, classes, n, dim, w_head, w_class, w_label, w_dim,
     ACC: tl.constexpr, OPERAND: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STEPS: tl.constexpr,
-    ROWS: tl.constexpr, SHARED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr, SHARED: tl.constexpr, INDEX: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Any gradient of the features from the kept logits: some features of one block; heads as in `combine_kernel`."""
     c, _, first, end = _find_block(tl.program_id(0), offsets, classes, STEPS, ROWS)
@@ -219,8 +224,9 @@ def features_kernel(
         position = first + place
         there = (position < end) & (place < ROWS)
         row = tl.load(rows + position, mask=there, other=0)
-        lane = tl.arange(0, BLOCK_N)
-        d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        lane = tl.arange(0, BLOCK_N).to(INDEX)
+        d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D).to(INDEX)
+        step_n = tl.full([], BLOCK_N, INDEX) * w_label
         lanes = lane[:, None] * w_label + d[None, :] * w_dim
         total = tl.zeros([BLOCK_D, PLACES], ACC)
         for step in range(heads if SHARED else 1):
@@ -242,7 +248,7 @@ def features_kernel(
                     None if g_entropy_rest is None else slope_entropy,
                 )  # fmt: skip
                 total = _product(w, tl.where(known & there[None, :], dz, 0.0), total, OPERAND, DOT, PRECISION)
-                tile += BLOCK_N * w_label
+                tile += step_n
         to = row if SHARED else row * heads + tl.program_id(2)
         mask = there[None, :] & (d < dim)[:, None]
         tl.store(dx + (to * dim)[None, :] + d[:, None], total.to(dx.dtype.element_ty), mask=mask)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 import os
 from pathlib import Path
+import signal
 
 # Before torch is imported, and inherited by the processes that tests start: two workers on two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -28,8 +29,10 @@ if find_spec("hypothesis"):
 
 
 def pytest_configure() -> None:
-    """One thread, also for tests that run in this process."""
+    """One thread, also for tests that run in this process; and Ctrl-C works, which a shell turns off in its jobs."""
     torch.set_num_threads(1)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # what tests start would inherit the refusal
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,6 +1,7 @@
 """Lay encoded samples out in a .beton: pages, metadata, allocation table, header."""
 
 from typing import BinaryIO
+import zlib
 
 import numpy as np
 
@@ -31,10 +32,12 @@ class PageWriter:
         file: open for binary writing, unbuffered, empty.
         words: random words of all samples as stored, int32 [N, K + 3].
         page_size: bytes of a page, a power of two; grows when a sample needs it.
+        first_sample: id of the first sample; above 0 in the later shards of a set.
     """
 
-    def __init__(self, file: BinaryIO, words: np.ndarray, page_size: int = PAGE_SIZE) -> None:
+    def __init__(self, file: BinaryIO, words: np.ndarray, page_size: int = PAGE_SIZE, first_sample: int = 0) -> None:
         self._file = file
+        self._first_sample = first_sample
         self._words = words.astype("<i4", copy=False)
         self._num_samples = len(words)
         self._page_size = page_size
@@ -53,7 +56,9 @@ class PageWriter:
             self._grow(size)
         pointer = self._page_start + len(self._page)
         self._page += image.content
-        self._metadata[row] = ((image.mode, image.width, image.height, pointer), label, row, 0)
+        record = (image.mode, image.width, image.height, pointer)
+        # The words' place and their part of the crc32 follow when the page is closed.
+        self._metadata[row] = (record, label, self._first_sample + row, 0, zlib.crc32(image.content))
         self._allocations[row, 0] = (row, pointer, size)
         self._next += 1
 
@@ -85,6 +90,9 @@ class PageWriter:
         self._metadata["words"][rows] = pointer
         self._allocations[rows, 1] = np.rec.fromarrays([rows, pointer, np.full(len(rows), row_bytes)], dtype=ALLOC)
         self._page += bytes(offset - len(self._page)) + self._words[rows].tobytes()
+        crc32 = self._metadata["crc32"]
+        for row in rows:
+            crc32[row] = zlib.crc32(self._words[row].tobytes(), int(crc32[row]))
         self._page += bytes(self._page_size - len(self._page))
         self._write(self._page)
         self._page_start += self._page_size

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 import errno
 import hashlib
-import math
 import os
 from pathlib import Path
 import platform
@@ -26,7 +25,7 @@ from data_prep.samples import Samples
 from data_prep.workers import Encoder, automatic_workers
 import rlp
 from rlp.data.beton import file_sha256, word_names
-from rlp.data.card import Card
+from rlp.data.card import Card, fingerprint_text
 from rlp.data.format import FIELDS, PAGE_SIZE, WORD_BYTES, align_up, metadata_end, read_index
 from rlp.errors import UserError
 from rlp.labels import baked_words
@@ -40,11 +39,13 @@ class Split:
         name: ``train`` or ``val``; the stream of its random words.
         path: the .beton.
         samples: its images, in order.
+        first_sample: id of the first of them; above 0 in the later shards of a split.
     """
 
     name: str
     path: Path
     samples: Samples
+    first_sample: int = 0
 
 
 @dataclass(frozen=True)
@@ -93,45 +94,50 @@ def write_splits(splits: list[Split], contents: Contents, workers: int = 0, prog
 
 
 def _write_split(split: Split, contents: Contents, partial: PartialPair, encoder: Encoder, progress: bool) -> Card:
-    rows = np.arange(len(split.samples))
-    words = baked_words(contents.words_seed, rows, contents.draws, split.name).astype(np.uint32).view(np.int32)
+    ids = split.first_sample + np.arange(len(split.samples))
+    words = baked_words(contents.words_seed, ids, contents.draws, split.name).astype(np.uint32).view(np.int32)
     histogram = np.zeros((3, 256), np.int64)
-    fingerprint = hashlib.sha256()
-    bar = tqdm(total=len(rows), desc=split.name, unit=" images", disable=None if progress else True)
-    with bar:
-        writer = PageWriter(partial.file(split.path), words)
+    fingerprint = 0
+    with tqdm(total=len(ids), desc=split.path.stem, unit=" images", disable=None if progress else True) as bar:
+        writer = PageWriter(partial.file(split.path), words, first_sample=split.first_sample)
+        sample_id = split.first_sample
         for samples, chunk in encoder.chunks(split.samples, contents.image):
-            for sample, image in zip(samples, chunk.images, strict=True):
+            for sample, image, digest in zip(samples, chunk.images, chunk.digests, strict=True):
                 writer.add(image, sample.label)
+                fingerprint += sample_fingerprint(sample_id, digest)
+                sample_id += 1
             histogram += chunk.histogram
-            fingerprint.update(b"".join(chunk.digests))
             bar.update(len(samples))
         writer.finish()
-    return _card(split, contents, partial_path(split.path), histogram, fingerprint.hexdigest())
+    return _card(split, contents, partial_path(split.path), histogram, fingerprint)
 
 
-def _card(split: Split, contents: Contents, path: Path, histogram: np.ndarray, fingerprint: str) -> Card:
+def sample_fingerprint(sample_id: int, digest: bytes) -> int:
+    """What one sample adds to the fingerprint of its set: SHA-256 of its id and its digest, as a number."""
+    return int.from_bytes(hashlib.sha256(sample_id.to_bytes(8, "little") + digest).digest(), "big")
+
+
+def _card(split: Split, contents: Contents, path: Path, histogram: np.ndarray, fingerprint: int) -> Card:
     """The card of what was written to ``path``, which is read back: what the card promises is what is there."""
     index = read_index(path)
     heights, widths = index.metadata["image"]["height"], index.metadata["image"]["width"]
     constant = heights.min() == heights.max() and widths.min() == widths.max()
-    mean, std = _moments(histogram)
     return Card(
         split=split.name,
         num_samples=len(split.samples),
+        first_sample=split.first_sample,
         classes=contents.classes,
         image_mode=contents.image.mode,
         height=int(heights[0]) if constant else 0,
         width=int(widths[0]) if constant else 0,
         max_height=int(heights.max()),
         max_width=int(widths.max()),
-        mean=mean,
-        std=std,
+        pixels=_pixel_sums(histogram),
         columns=tuple(name for name, _ in FIELDS),
         draws=contents.draws,
         word_names=word_names(contents.draws),
         words_seed=contents.words_seed,
-        source={**contents.source, "fingerprint": fingerprint},
+        source={**contents.source, "fingerprint": fingerprint_text(fingerprint)},
         size=path.stat().st_size,
         sha256=file_sha256(path),
         sha256_index=index.sha256,
@@ -141,16 +147,15 @@ def _card(split: Split, contents: Contents, path: Path, histogram: np.ndarray, f
     )
 
 
-def _moments(histogram: np.ndarray) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Mean and standard deviation per channel of values in 0..1, from exact integer sums."""
-    pairs = []
-    for counts in histogram.tolist():
-        n = sum(counts)
-        first = sum(value * count for value, count in enumerate(counts))
-        second = sum(value * value * count for value, count in enumerate(counts))
-        pairs.append((first / (255 * n), math.sqrt(n * second - first * first) / (255 * n)))
-    (r, dr), (g, dg), (b, db) = pairs
-    return (r, g, b), (dr, dg, db)
+def _pixel_sums(histogram: np.ndarray) -> dict[str, Any]:
+    """The card's exact sums from how often each value occurs in each channel, int64 [3, 256]."""
+    values = range(256)
+    counts = histogram.tolist()
+    return {
+        "count": sum(counts[0]),
+        "sum": [sum(v * n for v, n in zip(values, channel, strict=True)) for channel in counts],
+        "square_sum": [sum(v * v * n for v, n in zip(values, channel, strict=True)) for channel in counts],
+    }
 
 
 def _versions() -> dict[str, str]:

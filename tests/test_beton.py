@@ -1,7 +1,6 @@
 """The .beton format: held to FFCV's own reader and writer, and to damage of every kind."""
 
 from collections.abc import Callable
-import json
 from pathlib import Path
 
 from hypothesis import given, settings
@@ -9,29 +8,18 @@ from hypothesis import strategies as st
 import numpy as np
 from numpy.lib import recfunctions
 import pytest
-from small_sets import SEED, random_images, write_card, write_set
+from small_sets import SEED, change_card, random_images, write_card, write_set
 
-from data_prep.encode import Encoded
-from data_prep.pages import PageWriter
 from rlp.data import format as beton_format
 from rlp.data.beton import Beton, Card, card_path
-from rlp.data.format import ALLOC, DESCRIPTORS_END, HEADER, IMAGE, METADATA, RAW, read_index
+from rlp.data.format import ALLOC, DESCRIPTORS_END, HEADER, IMAGE, METADATA, read_index, sample_crc32
 from rlp.errors import UserError
 from rlp.labels import baked_words
-
-SMALL_PAGE = 1 << 12
 
 
 def write_small_pages(path: Path, images: list[np.ndarray]) -> Path:
     """Three draws, four classes, pages of 4 KiB: many pages in a small file."""
-    words = baked_words(SEED, np.arange(len(images)), 3, "train")
-    with open(path, "wb") as file:
-        writer = PageWriter(file, words.astype(np.uint32).view(np.int32), page_size=SMALL_PAGE)
-        for row, image in enumerate(images):
-            writer.add(Encoded(RAW, image.shape[0], image.shape[1], image.tobytes()), row % 4)
-        writer.finish()
-    write_card(path, images, 4, 3, "train", jpeg=False)
-    return path
+    return write_set(path, images, page_size=1 << 12)
 
 
 def assert_holds(beton: Beton, images: list[np.ndarray], draws: int = 3) -> None:
@@ -76,14 +64,15 @@ def offsets(dtype: np.dtype) -> list[int]:
 def test_dtypes_are_ffcv_s() -> None:
     types = pytest.importorskip("ffcv.types")
     fields = pytest.importorskip("ffcv.fields")
-    ours = fields.RGBImageField(), fields.IntField(), fields.IntField(), fields.NDArrayField(np.dtype("<i4"), (7,))
-    theirs = types.get_metadata_type(list(ours))
+    integer = fields.IntField()
+    ours = [fields.RGBImageField(), integer, integer, fields.NDArrayField(np.dtype("<i4"), (7,)), integer]
+    theirs = types.get_metadata_type(ours)
     assert offsets(METADATA) == offsets(theirs)
     assert METADATA.itemsize == theirs.itemsize
     assert HEADER.itemsize == types.HeaderType.itemsize
     assert types.FieldDescType == beton_format.FIELD_DESC
     assert ALLOC == types.ALLOC_TABLE_TYPE
-    np.testing.assert_array_equal(beton_format.field_descriptors(7)[-1]["arguments"], ours[-1].to_binary()[0])
+    np.testing.assert_array_equal(beton_format.field_descriptors(7)[3]["arguments"], ours[3].to_binary()[0])
 
 
 def ffcv_loader(path: Path, **options):
@@ -94,13 +83,14 @@ def ffcv_loader(path: Path, **options):
     from ffcv.loader import Loader
     from ffcv.transforms import ToTensor
 
-    decoders = {"image": SimpleRGBImageDecoder, "label": IntDecoder, "index": IntDecoder, "words": NDArrayDecoder}
+    decoders = dict.fromkeys(("image", "label", "index", "words", "crc32"), IntDecoder)
+    decoders |= {"image": SimpleRGBImageDecoder, "words": NDArrayDecoder}
     pipelines = {name: [decoder(), ToTensor()] for name, decoder in decoders.items()}
     return Loader(str(path), batch_size=16, num_workers=1, drop_last=False, pipelines=pipelines, **options)
 
 
 def read_with_ffcv(loader) -> list[np.ndarray]:
-    """image, label, index, words of every sample, sorted by index."""
+    """image, label, index, words, crc32 of every sample, sorted by index."""
     batches = [[column.numpy().copy() for column in batch] for batch in loader]
     columns = [np.concatenate(column) for column in zip(*batches, strict=True)]
     return [column[np.argsort(columns[2][:, 0])] for column in columns]
@@ -115,11 +105,12 @@ def test_ffcv_reads_our_file_page_by_page(tmp_path: Path) -> None:
     images = random_images(100, 40, 40)  # 4,800 bytes: larger than the page at first
     path = write_small_pages(tmp_path / "a.beton", images)
     loader = ffcv_loader(path, order=OrderOption.QUASI_RANDOM, os_cache=False)
-    image, label, index, words = read_with_ffcv(loader)
+    image, label, index, words, crc32 = read_with_ffcv(loader)
     np.testing.assert_array_equal(image, np.stack(images))
     np.testing.assert_array_equal(index[:, 0], np.arange(100))
     np.testing.assert_array_equal(label[:, 0], np.arange(100) % 4)
     np.testing.assert_array_equal(words.view(np.uint32), baked_words(SEED, np.arange(100), 3, "train"))
+    np.testing.assert_array_equal(crc32[:, 0], Beton.open(path).layout["crc32"])
 
 
 @pytest.mark.slow
@@ -130,7 +121,7 @@ def test_ffcv_and_we_decode_the_same_jpegs(tmp_path: Path) -> None:
     smooth = [np.stack([across, down, np.full_like(down, 6 * k)], axis=2) for k in range(40)]
     path = write_set(tmp_path / "a.beton", smooth, jpeg=True)
     beton = Beton.open(path)
-    image, label, _, words = read_with_ffcv(ffcv_loader(path))
+    image, label, _, words, _ = read_with_ffcv(ffcv_loader(path))
     np.testing.assert_array_equal(label[:, 0], beton.label)
     np.testing.assert_array_equal(words.view(np.uint32), beton.words)
     # FFCV asks libjpeg-turbo for its fast, less exact transform; two different images differ by far more.
@@ -148,12 +139,14 @@ def test_we_read_ffcv_s_own_file(tmp_path: Path, mode: str) -> None:
 
     images, path = random_images(50, 16, 12), tmp_path / "a.beton"
     words = baked_words(SEED, np.arange(50), 3, "train").astype(np.uint32).view(np.int32)
-    samples = [(image, row % 4, row, words[row]) for row, image in enumerate(images)]
+    crcs = [sample_crc32(image.tobytes(), words[row].tobytes()) for row, image in enumerate(images)]
+    samples = [(image, row % 4, row, words[row], crcs[row]) for row, image in enumerate(images)]
     fields = {
         "image": RGBImageField(write_mode=mode),
         "label": IntField(),
         "index": IntField(),
         "words": NDArrayField(np.dtype("<i4"), (6,)),
+        "crc32": IntField(),
     }
     DatasetWriter(str(path), fields, num_workers=1).from_indexed_dataset(samples)
     write_card(path, images, 4, 3, "train", jpeg=mode == "jpg")
@@ -162,6 +155,7 @@ def test_we_read_ffcv_s_own_file(tmp_path: Path, mode: str) -> None:
     np.testing.assert_array_equal(beton.words, baked_words(SEED, np.arange(50), 3, "train"))
     if mode == "raw":
         np.testing.assert_array_equal(beton.images(), np.stack(images))
+        assert [beton.crc32(row) for row in range(50)] == crcs
     else:
         assert beton.images().shape == (50, 16, 12, 3)
 
@@ -222,27 +216,32 @@ def test_full_hash_finds_a_changed_pixel(tmp_path: Path) -> None:
     content[place] ^= 1
     path.write_bytes(content)
     Beton.open(path)
-    with pytest.raises(UserError, match="sha256"):
+    with pytest.raises(UserError, match=r"damaged at sample 3: .* sha256"):
         Beton.open(path, full_hash=True)
-
-
-def change_card(path: Path, **changes: object) -> None:
-    card = json.loads(card_path(path).read_text())
-    card_path(path).write_text(json.dumps({**card, **changes}))
 
 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"schema": 2}, "schema 2"),
+        ({"schema": 3}, "schema 3"),
+        ({"schema": 1}, "schema 1, of an older version; write the set again"),
         ({"num_samples": 31}, "'num_samples' is 31"),
         ({"num_samples": "30"}, "'num_samples' is '30'; expected a whole number"),
         ({"classes": ["a", "b"]}, "label 3"),
         ({"classes": [1, 2, 3, 4]}, "'classes'.*a list of names"),
-        ({"draws": 2}, "word_names"),
+        ({"draws": 2}, "'draws' is 2"),
+        ({"draws": 10**15}, "'draws' is 1000000000000000"),
+        ({"word_names": ["a"]}, "word_names"),
         ({"height": 9}, "'height' is 9"),
         ({"max_width": 9}, "'max_width' is 9"),
         ({"mean": [0.5]}, "three numbers"),
+        ({"mean": [0.5, 0.5, 0.5]}, "'mean' is .* but 'pixels' give"),
+        ({"std": [0.5, 0.5, 0.5]}, "'std' is .* but 'pixels' give"),
+        ({"pixels": {"count": 1, "sum": [0, 0, 256], "square_sum": [0, 0, 65536]}}, "pixels from 0 to 255"),
+        ({"pixels": {"count": 0, "sum": [0, 0, 0], "square_sum": [0, 0, 0]}}, "pixels from 0 to 255"),
+        ({"first_sample": 1}, "is not the sample id"),
+        ({"shards": [{"name": "b.beton"}]}, "a list of shards"),
+        ({"sha256_card": "0"}, "was changed after it was written"),
         ({"sha256_index": "0"}, "sha256_index"),
         ({"colour": "red"}, "key 'colour'"),
         ({"source": []}, "a mapping"),
@@ -274,6 +273,30 @@ def test_a_card_is_read_as_it_was_written(tmp_path: Path) -> None:
     card = Card.read(path)
     card.write(tmp_path / "b.beton")
     assert Card.read(tmp_path / "b.beton") == card
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"classes"', ' "classes"'),  # the same content in another text
+        ('"class1"', '"class9"'),
+        ('"raw"', '"r\\u0061w"'),
+        ('"written_by": {}', '"written_by": {"a": NaN}'),
+        ('"written_by": {}', '"written_by": {"a": 1e999}'),
+        ('"written_by": {}', '"written_by": {"a": "\\ud800"}'),
+        ('"written_by": {}', f'"written_by": {{"a": {"[" * 400}{"]" * 400}}}'),
+        ('"written_by": {}', f'"written_by": {{"a": {"[" * 100_000}{"]" * 100_000}}}'),
+        ('"written_by": {}', f'"written_by": {{"a": {"9" * 5000}}}'),
+        ('"split": "train"', '"split": "train", "split": "train"'),
+    ],
+)
+def test_an_edited_card_is_refused(tmp_path: Path, old: str, new: str) -> None:
+    path = write_set(tmp_path / "a.beton", random_images(30, 8, 8))
+    text = card_path(path).read_text()
+    assert text.count(old) == 1
+    card_path(path).write_text(text.replace(old, new))
+    with pytest.raises(UserError, match=r"was changed after it was written|not valid JSON"):
+        Beton.open(path)
 
 
 @pytest.fixture(scope="module")

@@ -1,23 +1,43 @@
-"""A .beton with its card, read with NumPy alone: what FFCV reads, and what it cannot do without a loader.
+"""A .beton (or the shards of one) with its card, read with NumPy alone: what a loader reads, and what is read without.
 
 Opening checks everything that later reading relies on, so a damaged file is one sentence and never a crash.
 """
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-import hashlib
-import io
+import math
+import os
 from pathlib import Path
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from rlp.data.card import Card, card_path
-from rlp.data.format import FIELDS, RAW, WORD_BYTES, Index, read_index
+from rlp.data.format import FIELDS, RAW, WORD_BYTES, Index, sample_crc32
+from rlp.data.open_file import OpenFile, decode_jpeg, file_sha256, open_file
 from rlp.errors import UserError
 from rlp.labels import NAMED_WORDS
 
-__all__ = ["Beton", "Card", "card_path", "file_sha256", "word_names"]
+__all__ = ["LAYOUT", "Beton", "Card", "card_path", "file_sha256", "word_names"]
 
-_GATHER_ROWS = 8192  # samples whose words are gathered at once: bounds the table of byte positions
+LAYOUT = np.dtype(
+    [
+        ("file", "<i4"),
+        ("mode", "u1"),
+        ("height", "<i4"),
+        ("width", "<i4"),
+        ("image", "<i8"),
+        ("image_size", "<i8"),
+        ("words", "<i8"),
+        ("crc32", "<u4"),
+    ],
+    align=True,
+)
+"""Where a sample lies: number of its file, image mode (RAW or JPG), pixels, byte offsets and size, checksum."""
+
+_GATHER_BYTES = 32 << 20  # copied at once, between two steps of the progress bar
+_DECODE_ROWS = 1024  # images handed to the decoding threads at once
 
 
 def word_names(draws: int) -> tuple[str, ...]:
@@ -25,76 +45,80 @@ def word_names(draws: int) -> tuple[str, ...]:
     return (*(f"draw{k}" for k in range(draws)), *NAMED_WORDS)
 
 
-def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a whole file, read piece by piece."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 class Beton:
-    """An open .beton: columns as arrays, images one by one or all at once. Made by :meth:`open`.
+    """An open set: columns as arrays, images one by one or all at once. Made by :meth:`open`.
+
+    A set is one .beton, or several shards that hold consecutive samples. Rows are counted over all of them, and row
+    r is the sample with id ``card.first_sample + r``; ids are rows unless one shard of a set is opened alone.
 
     Attributes:
-        path: the .beton.
+        path: the .beton; of shards: the name that their merged card goes by.
         card: its card.
+        files: the open files, in the order of the samples.
+        layout: where every sample lies, :data:`LAYOUT` [N].
+        label: true class of every sample, int64 [N] in [0, number of classes).
     """
 
-    def __init__(self, path: Path, card: Card, index: Index) -> None:
+    def __init__(self, path: Path, card: Card, opened: list[tuple[OpenFile, Index]]) -> None:
         self.path = path
         self.card = card
-        self._index = index
-        self._bytes = np.memmap(path, np.uint8, mode="r")
+        self.files = [file for file, _ in opened]
+        # The layout says all that the indices do, in half the memory: they are not kept.
+        indices = [index for _, index in opened]
+        self.layout = _layout(indices)
+        self.label = np.concatenate([index.metadata["label"] for index in indices])
+        _check_card(path, card, indices, self.layout, self.label)
 
     @classmethod
     def open(cls, path: str | Path, full_hash: bool = False) -> "Beton":
         """Open a .beton and hold it to its card.
 
         Args:
-            path: the .beton; its card lies beside it.
-            full_hash: read the whole file and compare its hash too, which finds damage inside images.
+            path: the .beton; its card lies beside it. A sharded set is opened by the name ``NAME.beton`` of its
+                merged card ``NAME.json``, though there is no such file.
+            full_hash: read everything and compare hashes too, which finds damage inside images.
 
         Raises:
             UserError: no file or card, or the file is damaged, half-written, or not the one the card describes.
         """
         path = Path(path)
-        if not path.is_file():
+        if not path.is_file() and not card_path(path).is_file():
             raise UserError(f"{path} does not exist; write it with write_datasets.py")
         card = Card.read(path)
-        size = path.stat().st_size
-        if size != card.size:
-            raise UserError(f"{path} has {size} bytes, its card says {card.size}: it is damaged or another file")
-        index = read_index(path)
-        if index.sha256 != card.sha256_index:
-            raise UserError(f"{path} is not the file its card {card_path(path)} describes (sha256_index differs)")
-        _check_card(path, card, index)
-        if full_hash and file_sha256(path) != card.sha256:
-            raise UserError(f"{path} is damaged: its contents differ from the card's sha256")
-        return cls(path, card, index)
+        if card.shards and path.exists():
+            raise UserError(f"{path} is in the way of the shards that {card_path(path)} describes; remove one of both")
+        told = [(path.parent / s["name"], s["size"], s["sha256_index"]) for s in card.shards]
+        told = told or [(path, card.size, card.sha256_index)]
+        opened = [open_file(*each, card=card_path(path)) for each in told]
+        beton = cls(path, card, opened)
+        if full_hash:
+            beton._check_hashes()
+        return beton
 
     @property
     def num_samples(self) -> int:
-        """Samples in the file, N."""
-        return self._index.num_samples
+        """Samples in the set, N."""
+        return len(self.layout)
 
-    @cached_property
-    def label(self) -> np.ndarray:
-        """True class of every sample, int64 [N] in [0, number of classes)."""
-        return self._index.metadata["label"].astype(np.int64)
+    @property
+    def maps(self) -> list[np.memmap]:
+        """The bytes of every file, read-only uint8 memory maps; :attr:`layout` says what lies where."""
+        return [file.data for file in self.files]
 
     @cached_property
     def index(self) -> np.ndarray:
-        """Row number of every sample, int64 [N]: 0 .. N-1."""
-        return self._index.metadata["index"].astype(np.int64)
+        """Id of every sample, int64 [N]: ``card.first_sample`` + row."""
+        return self.card.first_sample + np.arange(self.num_samples)
 
     @cached_property
     def words(self) -> np.ndarray:
         """All random words, int64 [N, K + 3] in [0, 2^32): draws first, then the named words."""
-        pointer = self._index.metadata["words"].astype(np.int64)
-        offset = np.arange(self._index.num_words * WORD_BYTES)
-        words = np.empty((self.num_samples, self._index.num_words), np.int64)
-        for start in range(0, self.num_samples, _GATHER_ROWS):
-            rows = slice(start, start + _GATHER_ROWS)
-            words[rows] = self._bytes[pointer[rows, None] + offset].view("<u4")
+        return self.stored_words(np.arange(self.num_samples)).astype(np.int64)
+
+    def stored_words(self, rows: np.ndarray) -> np.ndarray:
+        """The random words of the given rows (int64 [n]) as stored, uint32 [n, K + 3]."""
+        words = np.empty((len(rows), len(self.card.word_names)), "<u4")
+        self._gather(rows, "words", words.view(np.uint8), lambda count: None)
         return words
 
     @property
@@ -109,65 +133,124 @@ class Beton:
         return self.words[:, self.card.word_names.index(name)]
 
     def image(self, i: int) -> np.ndarray:
-        """Image of sample ``i``, uint8 [H, W, 3]; JPEGs are decoded by Pillow.
+        """Image of row ``i``, uint8 [H, W, 3]; JPEGs are decoded by Pillow.
 
         Raises:
             IndexError: ``i`` is not in [0, N).
-            UserError: the stored JPEG is damaged.
+            UserError: the stored JPEG is damaged, or the file was truncated.
         """
         if not 0 <= i < self.num_samples:
             raise IndexError(f"sample {i} of {self.path}: expected 0 to {self.num_samples - 1}")
-        record = self._index.metadata[i]["image"]
-        start, shape = int(record["ptr"]), (int(record["height"]), int(record["width"]), 3)
-        content = self._bytes[start : start + int(self._index.image_size[i])]
-        if record["mode"] == RAW:
-            return np.array(content).reshape(shape)
-        return self._decode(content.tobytes(), shape, i)
-
-    def _decode(self, content: bytes, shape: tuple[int, int, int], i: int) -> np.ndarray:
-        from PIL import Image
-
+        place = self.layout[i]
+        content = self.files[place["file"]].read(int(place["image"]), int(place["image_size"]))
+        shape = (int(place["height"]), int(place["width"]), 3)
+        if place["mode"] == RAW:
+            return np.frombuffer(bytearray(content), np.uint8).reshape(shape)
         try:
-            with Image.open(io.BytesIO(content), formats=["JPEG"]) as picture:
-                pixels = np.asarray(picture)
-        except Exception as error:  # Pillow raises many kinds on damaged input; each is a damaged image to the user
-            raise UserError(f"{self.path} is damaged: the JPEG of sample {i} cannot be decoded ({error})") from None
-        if pixels.shape != shape:
-            raise UserError(f"{self.path} is damaged: the JPEG of sample {i} is {pixels.shape}, expected {shape}")
-        return pixels
+            return decode_jpeg(content, shape)
+        except ValueError as error:
+            sample = self.card.first_sample + i
+            raise UserError(f"{self.path} is damaged: the JPEG of sample {sample} {error}") from None
 
     def images(self, indices: np.ndarray | None = None, progress: bool = False) -> np.ndarray:
-        """Images of the given samples (all by default), uint8 [n, H, W, 3].
+        """Images of the given rows (all by default), uint8 [n, H, W, 3]; JPEGs are decoded by several threads.
 
         Raises:
-            UserError: the images are not all of one size.
+            IndexError: a row is not in [0, N).
+            UserError: the images are not all of one size, a stored JPEG is damaged, or the file was changed.
         """
         if not self.card.height:
             raise UserError(f"{self.path} holds images of different sizes, which cannot be read as one array")
-        rows = range(self.num_samples) if indices is None else indices
-        if progress:
-            from tqdm import tqdm
-
-            rows = tqdm(rows, desc=self.path.name, unit=" images", disable=None)
+        rows = np.arange(self.num_samples) if indices is None else np.asarray(indices, np.int64)
+        if len(rows) and not 0 <= rows.min() <= rows.max() < self.num_samples:
+            raise IndexError(f"rows {rows.min()} to {rows.max()} of {self.path}: expected 0 to {self.num_samples - 1}")
         images = np.empty((len(rows), self.card.height, self.card.width, 3), np.uint8)
-        for place, row in enumerate(rows):
-            images[place] = self.image(int(row))
+        read = self._gather_images if (self.layout["mode"][rows] == RAW).all() else self._decode
+        if not progress:
+            read(rows, images, lambda count: None)
+            return images
+        from tqdm import tqdm
+
+        with tqdm(total=len(rows), desc=self.path.name, unit=" images", disable=None) as bar:
+            read(rows, images, bar.update)
         return images
 
+    def _gather_images(self, rows: np.ndarray, images: np.ndarray, advance: Callable[[int], object]) -> None:
+        self._gather(rows, "image", images.reshape(len(rows), math.prod(images.shape[1:])), advance)
 
-def _check_card(path: Path, card: Card, index: Index) -> None:
-    """The card and the file must tell the same story: counts, classes, sizes, columns."""
-    image, label = index.metadata["image"], index.metadata["label"]
-    heights, widths = (
-        (image["height"].min(), image["height"].max()),
-        (image["width"].min(), image["width"].max()),
-    )
+    def _gather(self, rows: np.ndarray, column: str, out: np.ndarray, advance: Callable[[int], object]) -> None:
+        """Copy the bytes at ``layout[column]`` of ``rows`` into ``out``, uint8 [n, bytes of each]."""
+        self.check_unchanged()  # reading a map of a file that was truncated would kill the interpreter
+        size = out.shape[1]
+        step = max(1, _GATHER_BYTES // size)
+        order = np.argsort(self.layout["file"][rows], kind="stable")
+        bounds = np.searchsorted(self.layout["file"][rows[order]], np.arange(len(self.files) + 1))
+        for file, first, last in zip(self.files, bounds[:-1], bounds[1:], strict=True):
+            windows = sliding_window_view(np.asarray(file.data), size)  # a view: row k is the bytes from k on
+            for start in range(first, last, step):
+                part = order[start : min(start + step, last)]
+                out[part] = windows[self.layout[column][rows[part]]]
+                advance(len(part))
+
+    def _decode(self, rows: np.ndarray, images: np.ndarray, advance: Callable[[int], object]) -> None:
+        """Pillow decodes without Python's lock, so threads do."""
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="images") as pool:
+            for start in range(0, len(rows), _DECODE_ROWS):
+                for place, image in enumerate(pool.map(self.image, rows[start : start + _DECODE_ROWS].tolist()), start):
+                    images[place] = image
+                    advance(1)
+
+    def check_unchanged(self) -> None:
+        """Raise :class:`UserError` when a file was removed, replaced, truncated or rewritten since it was opened."""
+        for file in self.files:
+            file.check_unchanged()
+
+    def crc32(self, row: int) -> int:
+        """Checksum of the stored bytes of a row as they are now; undamaged when it equals ``layout["crc32"]``."""
+        place = self.layout[row]
+        file = self.files[place["file"]]
+        words = file.read(int(place["words"]), WORD_BYTES * len(self.card.word_names))
+        return sample_crc32(file.read(int(place["image"]), int(place["image_size"])), words)
+
+    def _check_hashes(self) -> None:
+        """Hash every file; when one differs, find out by the checksums which samples are damaged."""
+        told = [shard["sha256"] for shard in self.card.shards] or [self.card.sha256]
+        for number, (file, sha256) in enumerate(zip(self.files, told, strict=True)):
+            if file.sha256() == sha256:
+                continue
+            rows = np.flatnonzero(self.layout["file"] == number)
+            damaged = [row for row in rows.tolist() if self.crc32(row) != self.layout["crc32"][row]]
+            where = "outside of the samples"
+            if damaged:
+                where = f"at sample {self.card.first_sample + damaged[0]}"
+                where += f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+            raise UserError(f"{file.path} is damaged {where}: its contents differ from the card's sha256")
+
+
+def _layout(indices: list[Index]) -> np.ndarray:
+    layout = np.empty(sum(index.num_samples for index in indices), LAYOUT)
+    start = 0
+    for number, index in enumerate(indices):
+        part = layout[start : start + index.num_samples]
+        image = index.metadata["image"]
+        part["file"] = number
+        for name in ("mode", "height", "width"):
+            part[name] = image[name]
+        part["image"], part["image_size"] = image["ptr"], index.image_size
+        part["words"], part["crc32"] = index.metadata["words"], index.metadata["crc32"]
+        start += index.num_samples
+    layout.flags.writeable = False
+    return layout
+
+
+def _check_card(path: Path, card: Card, indices: list[Index], layout: np.ndarray, label: np.ndarray) -> None:
+    """The card and the files must tell the same story: counts, classes, sizes, columns."""
+    heights, widths = ((layout[name].min(), layout[name].max()) for name in ("height", "width"))
     constant = heights[0] == heights[1] and widths[0] == widths[1]
     told = {
-        "num_samples": (card.num_samples, index.num_samples),
+        "num_samples": (card.num_samples, len(layout)),
         "columns": (card.columns, tuple(name for name, _ in FIELDS)),
-        "word_names": (card.word_names, word_names(card.draws)),
-        "draws": (card.draws, index.num_words - len(NAMED_WORDS)),
+        "draws": (card.draws, indices[0].num_words - len(NAMED_WORDS)),
         "max_height": (card.max_height, int(heights[1])),
         "max_width": (card.max_width, int(widths[1])),
         "height": (card.height, int(heights[1]) if constant else 0),
@@ -176,10 +259,17 @@ def _check_card(path: Path, card: Card, index: Index) -> None:
     for key, (said, found) in told.items():
         if said != found:
             raise UserError(f"{card_path(path)}: '{key}' is {said!r}, but {path} has {found!r}")
+    if card.word_names != word_names(card.draws):
+        raise UserError(f"{card_path(path)}: 'word_names' are not those of {card.draws} draws")
+    if any(index.num_words != indices[0].num_words for index in indices):
+        raise UserError(f"{card_path(path)}: the shards of {path} have different numbers of words")
     if label.min() < 0 or label.max() >= len(card.classes):
         raise UserError(
             f"{path} has label {label.max() if label.min() >= 0 else label.min()}, but its card names "
             f"{len(card.classes)} classes"
         )
-    if not np.array_equal(index.metadata["index"], np.arange(index.num_samples)):
-        raise UserError(f"{path}: the column 'index' is not the row number 0 to {index.num_samples - 1}")
+    first = card.first_sample
+    for index in indices:
+        if not np.array_equal(index.metadata["index"], np.arange(first, first + index.num_samples)):
+            raise UserError(f"{path}: the column 'index' is not the sample id, {first} and so on")
+        first += index.num_samples

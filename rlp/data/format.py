@@ -2,8 +2,8 @@
 
 A file is: header, field descriptors, one metadata record per sample, zeros up to a page boundary, pages of data,
 allocation table. Numbers are little-endian. A page holds the bytes of whole samples; no allocation crosses a page.
-The layout is FFCV's (Leclerc et al., "FFCV: Accelerating Training by Removing Data Bottlenecks", CVPR 2023); the four
-fields, in order, are ours: image, label, index, words.
+The layout is FFCV's (Leclerc et al., "FFCV: Accelerating Training by Removing Data Bottlenecks", CVPR 2023); the five
+fields, in order, are ours: image, label, index (global sample id), words, crc32 (of the sample's stored bytes).
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ import json
 import os
 from pathlib import Path
 from typing import BinaryIO
+import zlib
 
 import numpy as np
 
@@ -35,20 +36,24 @@ HEADER = np.dtype(
 FIELD_DESC = np.dtype([("type_id", "<u1"), ("name", "<u1", 16), ("arguments", "<u1", 1024)], align=True)
 ALLOC = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("ptr", "<u8")])
-METADATA = np.dtype([("image", IMAGE), ("label", "<i8"), ("index", "<i8"), ("words", "<u8")], align=True)
+METADATA = np.dtype(
+    [("image", IMAGE), ("label", "<i8"), ("index", "<i8"), ("words", "<u8"), ("crc32", "<i8")], align=True
+)
 ARRAY_ARGUMENTS = np.dtype([("shape", "<u8", 32), ("type_length", "<u8")])
 
-FIELDS = (("image", 2), ("label", 1), ("index", 1), ("words", 4))
-"""Names and FFCV type numbers: RGBImageField, IntField, IntField, NDArrayField (int32, one dimension)."""
+FIELDS = (("image", 2), ("label", 1), ("index", 1), ("words", 4), ("crc32", 1))
+"""Names and FFCV type numbers: RGBImageField, IntField, IntField, NDArrayField (int32, one dimension), IntField."""
+WORDS_FIELD = 3
 JPG, RAW = 0, 1
 """Values of the image record's ``mode``."""
 WORD_BYTES = 4
 MOST_WORDS = 1 << 16
+_MASK = 0xFFFFFFFF
 DESCRIPTORS_END = HEADER.itemsize + len(FIELDS) * FIELD_DESC.itemsize
 
 
 def field_descriptors(num_words: int) -> np.ndarray:
-    """The four field descriptors of a file with ``num_words`` words per sample, FIELD_DESC [4]."""
+    """The five field descriptors of a file with ``num_words`` words per sample, FIELD_DESC [4]."""
     descriptors = np.zeros(len(FIELDS), FIELD_DESC)
     for descriptor, (name, type_id) in zip(descriptors, FIELDS, strict=True):
         descriptor["type_id"] = type_id
@@ -58,8 +63,13 @@ def field_descriptors(num_words: int) -> np.ndarray:
     arguments["shape"][0, 0] = num_words
     arguments["type_length"] = len(type_text)
     content = np.frombuffer(arguments.tobytes() + type_text, np.uint8)
-    descriptors[-1]["arguments"][: len(content)] = content
+    descriptors[WORDS_FIELD]["arguments"][: len(content)] = content
     return descriptors
+
+
+def sample_crc32(image: bytes | memoryview, words: bytes | memoryview) -> int:
+    """The ``crc32`` of a sample: CRC-32 of its stored image followed by its stored words, in [0, 2^32)."""
+    return zlib.crc32(words, zlib.crc32(image))
 
 
 def metadata_end(num_samples: int) -> int:
@@ -102,12 +112,13 @@ def read_index(path: str | Path) -> Index:
     """
     try:
         with open(path, "rb") as file:
-            return _read_index(file, path)
+            return read_open_index(file, path)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-def _read_index(file: BinaryIO, path: str | Path) -> Index:
+def read_open_index(file: BinaryIO, path: str | Path) -> Index:
+    """:func:`read_index` of a file opened for reading at its beginning; ``path`` is what errors call it."""
     size = os.fstat(file.fileno()).st_size
     if size < DESCRIPTORS_END:
         raise UserError(f"{path} is not a .beton file: it has {size} bytes, fewer than the header of one")
@@ -125,10 +136,12 @@ def _read_index(file: BinaryIO, path: str | Path) -> Index:
     records = file.read(end - DESCRIPTORS_END)
     file.seek(table)
     allocations = file.read(2 * num_samples * ALLOC.itemsize)
+    digest = hashlib.sha256(head)
+    for part in (records, allocations):
+        digest.update(part)
     metadata = np.frombuffer(records, METADATA)
     image_size = _check_places(metadata, np.frombuffer(allocations, ALLOC), (end, table), page_size, num_words, path)
-    digest = hashlib.sha256(head + records + allocations).hexdigest()
-    return Index(metadata, image_size, num_words, page_size, digest)
+    return Index(metadata, image_size, num_words, page_size, digest.hexdigest())
 
 
 def _check_header(header: np.void, path: str | Path) -> None:
@@ -142,7 +155,7 @@ def _check_header(header: np.void, path: str | Path) -> None:
 
 def _check_fields(descriptors: np.ndarray, path: str | Path) -> int:
     """Number of words per sample, once the fields are the expected ones."""
-    shape = descriptors[-1]["arguments"][: ARRAY_ARGUMENTS.itemsize].copy().view(ARRAY_ARGUMENTS)[0]["shape"]
+    shape = descriptors[WORDS_FIELD]["arguments"][: ARRAY_ARGUMENTS.itemsize].copy().view(ARRAY_ARGUMENTS)[0]["shape"]
     num_words = int(shape[0])
     if 1 <= num_words <= MOST_WORDS and descriptors.tobytes() == field_descriptors(num_words).tobytes():
         return num_words
@@ -180,6 +193,9 @@ def _check_places(
     wrong = np.flatnonzero(wrong_words | wrong_image)
     if len(wrong):
         _damaged(path, wrong[0], "has a size that does not fit its bytes")
+    wrong = np.flatnonzero((metadata["crc32"] < 0) | (metadata["crc32"] > _MASK))
+    if len(wrong):
+        _damaged(path, wrong[0], "has a crc32 of more than 32 bits")
     return image_size
 
 

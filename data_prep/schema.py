@@ -77,9 +77,15 @@ class OutputConfig(Section, name="output"):
     val: str = key(REQUIRED, "path of the validation set", _BETON)
     workers: int = key(0, "processes that read and encode; 0 for as many as are worth it", at_least(0))
     overwrite: bool = key(False, "replace a pair of another source or configuration, once the new one is whole")
+    shards: int = key(0, "write each set as so many .betons with one merged card; 0 for one file", between(0, 99_999))
+    shard: int | None = key(
+        None, "write this shard alone, from 0 (merge with python -m rlp.data merge); null for all", at_least(0)
+    )
 
     def check(self) -> None:
-        """Two different files."""
+        """Two different files, and a shard that is one of them."""
+        if self.shard is not None and self.shard >= self.shards:
+            raise UserError(f"output.shard is {self.shard}; expected less than output.shards, which is {self.shards}")
         if Path(self.train).resolve() == Path(self.val).resolve():
             raise UserError(f"output.val is '{self.val}', the same file as output.train; expected another")
 

@@ -6,6 +6,7 @@ Every key can be set on the command line: ``--source.path ~/imagenet --output.wo
 # Worker processes import this file too: what costs time to import is imported where it is used.
 from collections.abc import Sequence
 from dataclasses import asdict
+import json
 from pathlib import Path
 import signal
 import sys
@@ -17,6 +18,7 @@ if __package__ in (None, ""):  # run as a script: the repository's root is not o
 if TYPE_CHECKING:
     from data_prep.schema import PrepareConfig
     from data_prep.sources import Source
+    from data_prep.writer import Contents
     from rlp.data.card import Card
 
 TERMINATED = 143
@@ -26,71 +28,60 @@ INTERRUPTED = 130
 def prepare(config: "PrepareConfig", progress: bool = False) -> tuple[list["Card"], bool]:
     """Write the .betons a configuration asks for, unless they are there already.
 
+    A sharded set is written shard by shard, each whole or not at all, and what is whole is not written again; its
+    cards are merged when ``output.shard`` is null.
+
     Returns:
-        The cards of train and val, and whether they were written just now (False: they were up to date).
+        The cards of train and val (of one shard, when ``output.shard`` asks for one), and whether any of it was
+        written just now (False: all was up to date).
 
     Raises:
         UserError: a source or an image is bad, other files are in the way, or writing failed.
     """
-    from data_prep.encode import ImageOptions
+    from data_prep.outputs import betons_of, check_way, clear_way, pairs_of, up_to_date
     from data_prep.sources import open_source
-    from data_prep.writer import Contents, Split, write_splits
+    from data_prep.workers import Encoder, automatic_workers
+    from data_prep.writer import write_splits
+    from rlp.data.shards import merge_cards
 
+    output = config.output
     source = open_source(config.source)
-    betons = [Path(config.output.train), Path(config.output.val)]
-    request = _request(config)
-    if (cards := _up_to_date(betons, request, source, config.output.overwrite)) is not None:
-        return cards, False
+    contents = _contents(config, source)
+    check_way(output)
+    workers = output.workers or automatic_workers(len(source.train) + len(source.val))
+    cards, written = [], False
+    with Encoder(workers) as encoder:  # starts no process before there is work
+        for pair in pairs_of(output, source):
+            found = up_to_date(pair, contents.request, source.listing, output.overwrite)
+            cards = found or write_splits(pair, contents, encoder, progress)
+            written |= found is None
+    if output.shard is None:
+        clear_way(output)
+        if output.shards:
+            cards = [merge_cards(beton) for beton in betons_of(output)]
+    return cards, written
+
+
+def _contents(config: "PrepareConfig", source: "Source") -> "Contents":
+    from data_prep.encode import ImageOptions
+    from data_prep.writer import Contents
+
     image = ImageOptions(**asdict(config.image), convert_rgb=config.source.convert_rgb)
     about = {"kind": source.kind, "name": source.name, "listing": source.listing}
-    contents = Contents(source.classes, image, config.words.draws, config.words.seed, about, request)
-    splits = [Split("train", betons[0], source.train), Split("val", betons[1], source.val)]
-    return write_splits(splits, contents, config.output.workers, progress), True
+    return Contents(source.classes, image, config.words.draws, config.words.seed, about, _request(config))
 
 
 def _request(config: "PrepareConfig") -> dict[str, Any]:
-    """What decides the contents. The path is not in it: cards are published, and the listing tells the source."""
+    """What decides the contents, as a card holds it. The path is not in it: cards are published, and the listing
+    tells the source."""
     request = {name: section for name, section in asdict(config).items() if name != "output"}
     del request["source"]["path"]
-    return request
-
-
-def _up_to_date(betons: list[Path], request: dict[str, Any], source: "Source", overwrite: bool) -> list["Card"] | None:
-    """The cards of what is there if it is what is asked for; None if it is to be written.
-
-    Raises:
-        UserError: something else is there and may not be overwritten.
-    """
-    from data_prep.partial import remove_partial, was_interrupted
-    from rlp.data.beton import Beton
-    from rlp.data.card import card_path
-    from rlp.errors import UserError
-
-    there = [path for beton in betons for path in (beton, card_path(beton)) if path.exists()]
-    if not there:
-        return None
-    try:
-        cards = [Beton.open(beton).card for beton in betons]
-    except UserError as error:
-        # What a killed write left behind may be replaced; any other odd file may be somebody's.
-        if overwrite or was_interrupted(betons):
-            return None
-        raise UserError(f"{error}; --output.overwrite true replaces what is there") from None
-    asked = [(split, request, source.listing) for split in ("train", "val")]
-    if [(card.split, card.request, card.source.get("listing")) for card in cards] == asked:
-        if was_interrupted(betons):
-            remove_partial(betons)
-        return cards
-    if overwrite:
-        return None
-    raise UserError(
-        f"{betons[0]} and {betons[1]} were written from another configuration or source; "
-        f"--output.overwrite true replaces them"
-    )
+    return json.loads(json.dumps(request))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The script; returns the exit status: 0, 2 for a user's mistake, 130 or 143 when stopped by a signal."""
+    from data_prep.outputs import betons_of
     from data_prep.schema import PrepareConfig
     from rlp.config import parse
     from rlp.errors import UserError
@@ -103,9 +94,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped: nothing was written", file=sys.stderr)
+        print("stopped: nothing was written but whole shards, if any were asked for", file=sys.stderr)
         return INTERRUPTED
-    for card, path in zip(cards, (config.output.train, config.output.val), strict=True):
+    for card, path in zip(cards, betons_of(config.output), strict=True):
         print(f"{path}: {_described(card)}" + ("" if written else " (up to date)"))
     return 0
 
@@ -119,7 +110,7 @@ def _described(card: "Card") -> str:
     size = f"{card.width}x{card.height}" if card.height else f"up to {card.max_width}x{card.max_height}"
     return (
         f"{card.num_samples} images of {len(card.classes)} classes, {size} px {card.image_mode}, "
-        f"{card.draws} draws, {card.size / 1e6:.1f} MB"
+        f"{card.draws} draws, {card.size / 1e6:.1f} MB" + (f" in {len(card.shards)} shards" if card.shards else "")
     )
 
 

@@ -22,10 +22,10 @@ from data_prep.encode import ImageOptions
 from data_prep.pages import PageWriter
 from data_prep.partial import PartialPair, partial_path
 from data_prep.samples import Samples
-from data_prep.workers import Encoder, automatic_workers
+from data_prep.workers import Encoder
 import rlp
 from rlp.data.beton import file_sha256, word_names
-from rlp.data.card import Card, fingerprint_text
+from rlp.data.card import Card, fingerprint_text, pixel_sums
 from rlp.data.format import FIELDS, PAGE_SIZE, WORD_BYTES, align_up, metadata_end, read_index
 from rlp.errors import UserError
 from rlp.labels import baked_words
@@ -69,24 +69,22 @@ class Contents:
     request: dict[str, Any]
 
 
-def write_splits(splits: list[Split], contents: Contents, workers: int = 0, progress: bool = False) -> list[Card]:
+def write_splits(splits: list[Split], contents: Contents, encoder: Encoder, progress: bool = False) -> list[Card]:
     """Write every split and its card; nothing takes its name before all are whole. Returns the cards.
 
     Args:
         splits: each to a path of its own.
         contents: what they share.
-        workers: processes that encode; 0 chooses by the number of images.
+        encoder: encodes the images; it may serve several writes.
         progress: show a bar per split on a terminal.
 
     Raises:
         UserError: an image is unreadable, a worker died, or the disk is full or not writable.
     """
-    workers = workers or automatic_workers(sum(len(split.samples) for split in splits))
     try:
         with PartialPair([split.path for split in splits]) as partial:
             _check_space(splits, contents)
-            with Encoder(workers) as encoder:
-                cards = [_write_split(split, contents, partial, encoder, progress) for split in splits]
+            cards = [_write_split(split, contents, partial, encoder, progress) for split in splits]
             partial.commit([card.to_json() for card in cards])
     except OSError as error:
         raise _explained(error, splits) from error
@@ -132,7 +130,7 @@ def _card(split: Split, contents: Contents, path: Path, histogram: np.ndarray, f
         width=int(widths[0]) if constant else 0,
         max_height=int(heights.max()),
         max_width=int(widths.max()),
-        pixels=_pixel_sums(histogram),
+        pixels=pixel_sums(histogram),
         columns=tuple(name for name, _ in FIELDS),
         draws=contents.draws,
         word_names=word_names(contents.draws),
@@ -145,17 +143,6 @@ def _card(split: Split, contents: Contents, path: Path, histogram: np.ndarray, f
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         request=contents.request,
     )
-
-
-def _pixel_sums(histogram: np.ndarray) -> dict[str, Any]:
-    """The card's exact sums from how often each value occurs in each channel, int64 [3, 256]."""
-    values = range(256)
-    counts = histogram.tolist()
-    return {
-        "count": sum(counts[0]),
-        "sum": [sum(v * n for v, n in zip(values, channel, strict=True)) for channel in counts],
-        "square_sum": [sum(v * v * n for v, n in zip(values, channel, strict=True)) for channel in counts],
-    }
 
 
 def _versions() -> dict[str, str]:

@@ -14,6 +14,7 @@ from data_prep.encode import Encoded
 from data_prep.pages import PageWriter
 from rlp.data.beton import Card, card_path, file_sha256, word_names
 from rlp.data.format import FIELDS, JPG, RAW, read_index
+from rlp.data.shards import merge_cards, shard_bounds, shard_path
 from rlp.labels import baked_words
 
 SEED = 5
@@ -46,6 +47,17 @@ def write_set(
         writer.finish()
     write_card(path, images, classes, draws, split, jpeg, first_sample)
     return path
+
+
+def write_shards(beton: Path, images: list[np.ndarray], count: int, merge: bool = True, **options: Any) -> Path:
+    """:func:`write_set` in ``count`` shards, with their cards merged; returns ``beton``, which opens the set."""
+    options = {"page_size": 4096, **options}
+    for number in range(count):
+        first, last = shard_bounds(number, count, len(images))
+        write_set(shard_path(beton, number, count), images[first:last], first_sample=first, **options)
+    if merge:
+        merge_cards(beton)
+    return beton
 
 
 def write_card(

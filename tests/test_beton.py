@@ -281,12 +281,12 @@ def test_a_card_is_read_as_it_was_written(tmp_path: Path) -> None:
         ('"classes"', ' "classes"'),  # the same content in another text
         ('"class1"', '"class9"'),
         ('"raw"', '"r\\u0061w"'),
-        ('"written_by": {}', '"written_by": {"a": NaN}'),
-        ('"written_by": {}', '"written_by": {"a": 1e999}'),
-        ('"written_by": {}', '"written_by": {"a": "\\ud800"}'),
-        ('"written_by": {}', f'"written_by": {{"a": {"[" * 400}{"]" * 400}}}'),
-        ('"written_by": {}', f'"written_by": {{"a": {"[" * 100_000}{"]" * 100_000}}}'),
-        ('"written_by": {}', f'"written_by": {{"a": {"9" * 5000}}}'),
+        ('"request": {}', '"request": {"a": NaN}'),
+        ('"request": {}', '"request": {"a": 1e999}'),
+        ('"request": {}', '"request": {"a": "\\ud800"}'),
+        ('"request": {}', f'"request": {{"a": {"[" * 400}{"]" * 400}}}'),
+        ('"request": {}', f'"request": {{"a": {"[" * 100_000}{"]" * 100_000}}}'),
+        ('"request": {}', f'"request": {{"a": {"9" * 5000}}}'),
         ('"split": "train"', '"split": "train", "split": "train"'),
     ],
 )

@@ -213,7 +213,11 @@ class Beton:
         return sample_crc32(file.read(int(place["image"]), int(place["image_size"])), words)
 
     def _check_hashes(self) -> None:
-        """Hash every file; when one differs, find out by the checksums which samples are damaged."""
+        """Hash every file, and read the shards' own cards; when a hash differs, find out by the checksums which
+        samples are damaged."""
+        from rlp.data.shards import check_shard_cards  # which stands on this module
+
+        check_shard_cards(self.path, self.card)
         told = [shard["sha256"] for shard in self.card.shards] or [self.card.sha256]
         for number, (file, sha256) in enumerate(zip(self.files, told, strict=True)):
             if file.sha256() == sha256:

@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rlp.errors import UserError
 from rlp.files import write_atomically
 
@@ -18,6 +20,17 @@ Channels = tuple[float, float, float]
 def card_path(beton: str | Path) -> Path:
     """Where the card of a .beton lies: the same name, ending in .json."""
     return Path(beton).with_suffix(".json")
+
+
+def pixel_sums(histogram: np.ndarray) -> dict[str, Any]:
+    """A card's ``pixels`` from how often each value occurs in each channel, int64 [3, 256]."""
+    values = range(256)
+    counts = histogram.tolist()
+    return {
+        "count": sum(counts[0]),
+        "sum": [sum(v * n for v, n in zip(values, channel, strict=True)) for channel in counts],
+        "square_sum": [sum(v * v * n for v, n in zip(values, channel, strict=True)) for channel in counts],
+    }
 
 
 def moments(pixels: dict[str, Any]) -> tuple[Channels, Channels]:
@@ -125,7 +138,7 @@ class Card:
 
     def _content(self) -> dict[str, Any]:
         mean, std = moments(self.pixels)
-        content = {"schema": self.schema}
+        content: dict[str, Any] = {"schema": self.schema}
         for name, value in asdict(self).items():
             content[name] = value
             if name == "pixels":
@@ -172,10 +185,10 @@ class Card:
             raise UserError(f"{path} is not a card of schema {SCHEMA}: key '{odd[0]}' is missing or unknown")
         for name in expected:
             _check_type(name, content[name], path)
-        lists = {name: tuple(value) for name, value in content.items() if isinstance(value, list)}
-        card = cls(**{name: lists.get(name, content[name]) for name in names})
+        values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in content.items()}
+        card = cls(**{name: values[name] for name in names})
         for name in ("mean", "std"):
-            if lists[name] != getattr(card, name):
+            if values[name] != getattr(card, name):
                 raise UserError(f"{path}: '{name}' is {content[name]}, but 'pixels' give {list(getattr(card, name))}")
         _check_shards(card, path)
         return card
@@ -199,7 +212,8 @@ _INTEGERS = (
 )
 _NUMBERS = ("mean", "std")
 _NAMES = ("classes", "columns", "word_names")
-_TABLES = ("source", "written_by", "request", "duplicates")
+_TEXTS = ("source", "written_by")
+_TABLES = ("request", "duplicates")
 _SHARD = {"name": str, "num_samples": int, "size": int, "sha256": str, "sha256_index": str}
 
 
@@ -214,6 +228,9 @@ def _check_type(name: str, value: Any, path: Path) -> None:
         right, expected = isinstance(value, list) and all(isinstance(v, str) for v in value), "a list of names"
     elif name in _TABLES:
         right, expected = isinstance(value, dict), "a mapping"
+    elif name in _TEXTS:
+        right = isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
+        expected = "a mapping of texts"
     elif name == "pixels":
         right, expected = _are_pixels(value), "sums that pixels from 0 to 255 can have"
     elif name == "shards":

@@ -46,12 +46,13 @@ class OpenFile:
     Attributes:
         path: the file.
         data: its bytes, a read-only memory map uint8 [size].
+        handle: its descriptor, for reading by position; closed with the object.
     """
 
     def __init__(self, path: Path, handle: int, data: np.memmap, status: os.stat_result) -> None:
         self.path = path
         self.data = data
-        self._handle = handle
+        self.handle = handle
         self._status = status
         weakref.finalize(self, os.close, handle)
 
@@ -67,7 +68,7 @@ class OpenFile:
         change before the opening keeps the time stamp, and is not seen.
         """
         try:
-            now = [os.fstat(self._handle), os.stat(self.path)]
+            now = [os.fstat(self.handle), os.stat(self.path)]
         except FileNotFoundError:
             raise UserError(f"{self.path} was removed while it was in use") from None
         except OSError as error:
@@ -78,8 +79,8 @@ class OpenFile:
     def read(self, offset: int, size: int) -> bytes:
         """``size`` bytes at ``offset``, by a system call: a file that was truncated is an error, not a signal."""
         try:
-            content = os.pread(self._handle, size, offset)
-            while len(content) < size and (more := os.pread(self._handle, size - len(content), offset + len(content))):
+            content = os.pread(self.handle, size, offset)
+            while len(content) < size and (more := os.pread(self.handle, size - len(content), offset + len(content))):
                 content += more
         except OSError as error:
             raise UserError(f"{self.path} cannot be read at byte {offset}: {error.strerror or error}") from None

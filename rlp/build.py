@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -10,7 +9,9 @@ from rlp import labels
 from rlp.checkpoint import load_model_weights
 from rlp.data.augment import Augment
 from rlp.data.beton import Beton, Card
+from rlp.data.geometry import Geometry, fill_of
 from rlp.data.loader import Loader, open_loader
+from rlp.data.view import View
 from rlp.distributed import World
 from rlp.errors import UserError
 from rlp.models import RandomLabelHeads, attach, build_model
@@ -35,13 +36,13 @@ def build_data(config: TrainConfig, world: World) -> Data:
     augment = Augment(
         mean=data.mean or card.mean,
         std=data.std or card.std,
-        flip=data.flip,
-        crop_padding=data.crop_padding,
-        cutout=data.cutout,
         seed=config.run.seed,
+        cutout=data.cutout,
+        color_jitter=data.color_jitter,
+        randaugment=data.randaugment,
     )
     hashes = {split: beton.card.sha256 for split, beton in files.items()}
-    return Data(train, evaluation, augment, _class_floors(config, files["train"]), hashes)
+    return Data(train, evaluation, augment, _class_floors(config, files["train"], train.view), hashes)
 
 
 def _check_cards(config: TrainConfig, train: Card, val: Card) -> None:
@@ -68,35 +69,37 @@ def _check_cards(config: TrainConfig, train: Card, val: Card) -> None:
 
 def _open(config: TrainConfig, world: World, split: str, train: bool) -> Loader:
     data = config.data
-    view = {"label_noise": data.label_noise, "member_fraction": data.member_fraction} if split == "train" else {}
+    geometry = Geometry(
+        flip=data.flip,
+        crop_padding=data.crop_padding,
+        image_size=data.image_size,
+        crop_scale=data.crop_scale,
+        center_ratio=data.center_ratio,
+        interpolation=data.interpolation,
+        fill=fill_of(data.mean) if data.mean else None,
+    )
     return open_loader(
         data.train if split == "train" else data.val,
         train=train,
         batch_size=data.batch_size if train else data.eval_batch_size or data.batch_size,
         seed=config.run.seed,
         world=world,
+        view=data.view if split == "train" else None,
+        geometry=geometry,
         kind=data.loader,
         resident_limit=int(data.resident_limit_gb * 2**30),
         workers=data.workers,
-        image_size=data.image_size,
-        crop_scale=data.crop_scale,
-        center_ratio=data.center_ratio,
         verify=data.verify,
-        **view,
     )
 
 
-def _class_floors(config: TrainConfig, beton: Beton) -> list[float]:
+def _class_floors(config: TrainConfig, beton: Beton, view: View) -> list[float]:
     """Class-only floor per draw over the samples trained on, with the labels they are given."""
-    heads, data, classes = config.heads, config.data, len(beton.card.classes)
+    heads, classes = config.heads, len(beton.card.classes)
     if not heads.taps:
         return []
-    member = labels.member_mask(beton.named("member"), data.member_fraction)
-    given = labels.noisy_labels(
-        beton.label, beton.named("noise"), beton.named("noise_class"), data.label_noise, classes
-    )
-    random_labels = labels.random_labels(beton.draw_words[:, : heads.draws], heads.num_labels)
-    return labels.class_floor(np.asarray(given)[member], random_labels[member], classes, heads.num_labels).tolist()
+    random_labels = labels.random_labels(beton.draw_words[view.ids, : heads.draws], heads.num_labels)
+    return labels.class_floor(view.label[view.ids], random_labels, classes, heads.num_labels).tolist()
 
 
 def build_network(config: TrainConfig, card: Card, device: torch.device) -> tuple[nn.Module, RandomLabelHeads | None]:

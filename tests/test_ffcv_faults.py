@@ -15,6 +15,7 @@ from small_sets import random_images, write_card, write_set
 import torch
 
 from rlp.data.batch import Loader
+from rlp.data.geometry import Geometry
 from rlp.data.loader import open_loader
 from rlp.data.prefetch import Prefetcher
 from rlp.distributed import World
@@ -100,12 +101,11 @@ def test_closing_is_possible_at_any_time_and_twice() -> None:
 
 def test_an_error_in_the_pipeline_reaches_the_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loader = open_ffcv(write_set(tmp_path / "a.beton", random_images(20, 4, 4)))
-    pipeline = loader._pipeline  # type: ignore[attr-defined]
 
-    def broken(**arguments: Any) -> None:
+    def broken(*arguments: Any) -> None:
         raise TypeError("float16 columns fail in FFCV's thread")
 
-    monkeypatch.setattr(pipeline, "_stage", broken)
+    monkeypatch.setattr("rlp.data.ffcv_loader.decode_images", broken)
     with pytest.raises(TypeError, match="float16"):
         list(loader.epoch(0))
     assert prefetch_threads() == []
@@ -122,7 +122,7 @@ def test_a_damaged_jpeg_names_its_sample(tmp_path: Path, image_size: int) -> Non
     path.write_bytes(content)
     write_card(path, images, 4, 3, "train", True)
     with pytest.raises(UserError, match=r"a\.beton is damaged: the JPEG of sample 7 cannot be decoded"):
-        list(open_ffcv(path, image_size=image_size).epoch(0))
+        list(open_ffcv(path, geometry=Geometry(image_size=image_size)).epoch(0))
 
 
 def test_leaving_early_leaks_neither_threads_nor_memory(tmp_path: Path) -> None:
@@ -176,23 +176,29 @@ def test_pixels_depend_on_seed_epoch_and_sample_alone(tmp_path: Path) -> None:
     """Random crops: equal for any number of workers and ranks and in a fresh process; torch keeps its threads there."""
     pytest.importorskip("ffcv")
     path = write_set(tmp_path / "a.beton", mixed_images(24), jpeg=True)
-    loader = open_ffcv(path, image_size=16, workers=1, batch_size=6)
+    options: dict[str, Any] = {"geometry": Geometry(True, 3, 16), "batch_size": 6}
+    loader = open_ffcv(path, workers=1, **options)
     expected = digest(loader, 5)
     assert digest(loader, 5) == expected
-    assert len({expected, digest(loader, 6), digest(open_ffcv(path, image_size=16, batch_size=6, seed=4), 5)}) == 3
+    assert len({expected, digest(loader, 6), digest(open_ffcv(path, seed=4, **options), 5)}) == 3
     for workers in (2, 5):
-        assert digest(open_ffcv(path, image_size=16, workers=workers, batch_size=6), 5) == expected
+        assert digest(open_ffcv(path, workers=workers, **options), 5) == expected
     alone = list(loader.epoch(5))
-    ranks = [open_ffcv(path, image_size=16, batch_size=6, world=World(rank, 3)) for rank in range(3)]
-    for whole, *parts in zip(alone, *(rank.epoch(5) for rank in ranks), strict=True):
-        assert torch.equal(torch.cat([part.image for part in parts]), whole.image)
+    for size in (2, 3):
+        ranks = [open_ffcv(path, world=World(rank, size), **options) for rank in range(size)]
+        for whole, *parts in zip(alone, *(rank.epoch(5) for rank in ranks), strict=True):
+            assert torch.equal(torch.cat([part.image for part in parts]), whole.image)
+    for start in range(loader.steps + 1):  # resumed in mid-epoch
+        rest = list(loader.epoch(5, start))
+        assert len(rest) == loader.steps - start
+        assert all(torch.equal(a.image, b.image) for a, b in zip(rest, alone[start:], strict=True))
     program = f"""
 import sys, torch
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 torch.set_num_threads(3)
-from test_ffcv_faults import World, digest, open_loader
+from test_ffcv_faults import Geometry, World, digest, open_loader
 world, options = World(), dict(train=True, kind="ffcv", workers=2)
-loader = open_loader({str(path)!r}, batch_size=6, seed=3, world=world, image_size=16, **options)
+loader = open_loader({str(path)!r}, batch_size=6, seed=3, world=world, geometry=Geometry(True, 3, 16), **options)
 print(digest(loader, 5), torch.get_num_threads())
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
@@ -206,7 +212,7 @@ def test_evaluation_takes_the_middle(tmp_path: Path) -> None:
         top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
         image[top : top + side, left : left + side] = 200
     path = write_set(tmp_path / "a.beton", images)
-    (batch,) = open_ffcv(path, train=False, image_size=8, center_ratio=0.5).epoch(0)
+    (batch,) = open_ffcv(path, train=False, geometry=Geometry(image_size=8, center_ratio=0.5)).epoch(0)
     assert (batch.image == 200).all()
 
 

@@ -6,15 +6,16 @@ import sys
 from typing import Any
 
 import numpy as np
-from PIL import Image
 import pytest
 from small_sets import SEED, random_images, write_card, write_set
 import torch
 
 from rlp.data.batch import Batch, Loader
 from rlp.data.beton import Beton
+from rlp.data.geometry import Geometry
 from rlp.data.loader import open_loader
 from rlp.data.resident import ResidentLoader
+from rlp.data.view import ViewOptions
 from rlp.distributed import World
 from rlp.errors import UserError
 from rlp.labels import member_mask, named_word, noisy_labels, random_words
@@ -46,7 +47,8 @@ def path(tmp_path: Path, images: list[np.ndarray]) -> Path:
 @pytest.mark.parametrize("train", [True, False])
 def test_both_loaders_give_the_same_batches(path: Path, train: bool) -> None:
     pytest.importorskip("ffcv")
-    options = {"train": train, "label_noise": 0.4, "member_fraction": 0.7}
+    view, geometry = ViewOptions(label_noise=0.4, member_fraction=0.7), Geometry(flip=True, crop_padding=2)
+    options: dict[str, Any] = {"train": train, "view": view, "geometry": geometry}
     resident, ffcv = open_train(path, kind="resident", **options), open_train(path, kind="ffcv", workers=2, **options)
     assert (resident.steps, resident.num_samples) == (ffcv.steps, ffcv.num_samples)
     for epoch in (0, 1):
@@ -74,7 +76,8 @@ def test_noise_and_members_make_the_view(path: Path, train: bool) -> None:
     ids = np.arange(37)
     members = ids[member_mask(named_word(SEED, ids, "member"), 0.5)]
     noisy = noisy_labels(ids % 4, named_word(SEED, ids, "noise"), named_word(SEED, ids, "noise_class"), 0.5, 4)
-    loader = open_train(path, train=train, batch_size=1, label_noise=0.5, member_fraction=0.5)
+    view = ViewOptions(label_noise=0.5, member_fraction=0.5)
+    loader = open_train(path, train=train, batch_size=1, view=view)
     seen = {int(batch.index): int(batch.label) for batch in loader.epoch(0)}
     assert seen == {int(i): int(noisy[i]) for i in members}
     assert loader.num_samples == len(members) < 37
@@ -94,20 +97,38 @@ def test_kept_batches_stay_as_they_were(path: Path, kind: str) -> None:
     assert_equal(list(loader.epoch(0)), copies)
 
 
-def test_jpegs_of_both_loaders_differ_by_rounding_only(tmp_path: Path) -> None:
-    """FFCV decodes with turbojpeg's fast transform, the resident loader with Pillow's exact one."""
+def test_both_loaders_decode_jpegs_alike(tmp_path: Path) -> None:
+    """To the bit, though one asks turbojpeg and the other Pillow."""
     pytest.importorskip("ffcv")
-    smooth = [np.asarray(Image.fromarray(i).resize((32, 24), Image.Resampling.BICUBIC)) for i in random_images(9, 6, 8)]
-    path = write_set(tmp_path / "j.beton", smooth, jpeg=True)
-    for a, b in zip(open_train(path, kind="ffcv").epoch(0), open_train(path).epoch(0), strict=True):
-        assert torch.equal(a.index, b.index)
-        assert (a.image.int() - b.image.int()).abs().float().mean() < 4
+    path = write_set(tmp_path / "j.beton", random_images(40, 24, 32), jpeg=True)
+    geometry = Geometry(flip=True, crop_padding=3)
+    for kind in ("ffcv", "resident"):
+        assert_equal(
+            list(open_train(path, kind=kind, geometry=geometry).epoch(1)),
+            list(open_train(path, kind="ffcv", geometry=geometry).epoch(1)),
+        )
+
+
+@pytest.mark.parametrize("geometry", [Geometry(), Geometry(flip=True), Geometry(crop_padding=2), Geometry(True, 9)])
+def test_resident_images_are_the_same_without_numba(
+    path: Path, monkeypatch: pytest.MonkeyPatch, geometry: Geometry
+) -> None:
+    pytest.importorskip("numba")
+    compiled = list(open_train(path, kind="resident", geometry=geometry).epoch(2))
+    monkeypatch.setattr("rlp.data.resident.find_spec", lambda name: None)
+    assert_equal(list(open_train(path, kind="resident", geometry=geometry).epoch(2)), compiled)
+
+
+def test_evaluation_moves_nothing(path: Path) -> None:
+    moved = open_train(path, train=False, geometry=Geometry(flip=True, crop_padding=2))
+    assert_equal(list(moved.epoch(0)), list(open_train(path, train=False).epoch(0)))
 
 
 def test_auto_is_resident_as_long_as_it_fits(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(open_train(path, resident_limit=37 * 6 * 5 * 3), ResidentLoader)
     monkeypatch.setattr("rlp.data.loader.ffcv_installed", lambda: False)
-    for changes, remedy in (({"resident_limit": 37 * 6 * 5 * 3 - 1}, "resident_limit_gb"), ({"image_size": 4}, "0")):
+    too_large, resized = {"resident_limit": 37 * 6 * 5 * 3 - 1}, {"geometry": Geometry(image_size=4)}
+    for changes, remedy in ((too_large, "resident_limit_gb"), (resized, "0")):
         with pytest.raises(UserError, match=f"FFCV is not installed; install it or .*{remedy}"):
             open_train(path, **changes)
     with pytest.raises(UserError, match=r"data\.loader is ffcv, but FFCV is not installed"):
@@ -119,19 +140,13 @@ def test_auto_is_resident_as_long_as_it_fits(path: Path, monkeypatch: pytest.Mon
     [
         ({"batch_size": 0}, "data.batch_size"),
         ({"batch_size": 38}, "data.batch_size is 38, more than the 37 samples"),
-        ({"batch_size": 30, "member_fraction": 0.3}, "data.member_fraction is 0.3"),
+        ({"batch_size": 30, "view": ViewOptions(member_fraction=0.3)}, "more than the [0-9]+ samples of the view of"),
         ({"batch_size": 7, "world": World(0, 2)}, "data.batch_size is 7, which cannot be shared equally by 2 ranks"),
         ({"batch_size": 0, "train": False}, "data.eval_batch_size"),
-        ({"member_fraction": 1e-6}, "data.member_fraction is 1e-06, which leaves no sample"),
-        ({"member_fraction": 1.5}, "data.member_fraction"),
-        ({"label_noise": -0.1}, "data.label_noise"),
-        ({"label_noise": float("nan")}, "data.label_noise"),
+        ({"view": ViewOptions(member_fraction=1e-6)}, "data.member_fraction is 1e-06"),
         ({"kind": "dali"}, "data.loader is 'dali'"),
-        ({"kind": "resident", "image_size": 4}, "data.loader is resident"),
-        ({"image_size": -1}, "data.image_size"),
+        ({"kind": "resident", "geometry": Geometry(image_size=4)}, "data.loader is resident"),
         ({"workers": -1}, "data.workers"),
-        ({"crop_scale": (0.5, 0.2)}, "data.crop_scale"),
-        ({"center_ratio": 0.0}, "data.center_ratio"),
     ],
 )
 def test_what_does_not_fit_names_its_key(path: Path, changes: dict[str, Any], key: str) -> None:
@@ -191,7 +206,7 @@ def test_a_resident_step_never_waits_for_the_host(path: Path) -> None:
 
 
 def test_two_resident_loaders_of_one_file_share_its_memory(path: Path) -> None:
-    train = open_train(path, kind="resident", label_noise=0.5)
+    train = open_train(path, kind="resident", view=ViewOptions(label_noise=0.5))
     evaluation = open_train(path, kind="resident", train=False)
     assert isinstance(train, ResidentLoader)
     assert isinstance(evaluation, ResidentLoader)

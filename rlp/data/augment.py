@@ -1,25 +1,24 @@
-"""Augmentation on the device, a function of (seed, epoch, sample id): flip, padded crop, cutout, normalisation."""
+"""Augmentation on the device, a function of (seed, epoch, sample id): RandAugment, colour jitter, mean, cutout."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from rlp.data.color import ColorJitter
+from rlp.data.geometry import fill_of
+from rlp.data.randaugment import RandAugment
 from rlp.errors import UserError
 from rlp.labels import random_labels
 from rlp.philox import random_bits
 
-_DRAWS = ("flip", "shift_y", "shift_x", "cut_y", "cut_x")
-
 
 class Augment:
-    """Turn uint8 images into the network's float32 input.
+    """Turn the loaders' uint8 images, which are cropped and mirrored already, into the network's float32 input.
 
-    For training, in this order: mirror half of the images; normalise; pad by ``crop_padding`` pixels on each side and
-    crop back at a uniform place; zero a square of ``cutout`` pixels a side around a uniform centre, clipped at the
-    border (DeVries and Taylor, arXiv 1708.04552). The padding is zero after normalisation, like the square: it has
-    the value of the mean. For evaluation only the normalisation.
+    For training, in this order: RandAugment; colour jitter; normalise; zero a square of ``cutout`` pixels a side around
+    a uniform centre, clipped at the border (DeVries and Taylor, arXiv 1708.04552). For evaluation only the
+    normalisation.
 
     Every sample has its own random words from (seed, epoch, sample id), one for each decision: its result depends
     neither on its batch nor on the rank, and switching one augmentation on leaves the decisions of the others alone.
@@ -27,24 +26,32 @@ class Augment:
     Args:
         mean: three means of the pixels, in units where 255 is 1.
         std: three standard deviations in the same units, positive.
-        flip: mirror left and right with probability 1/2.
-        crop_padding: pixels of padding, 0 for no crop.
-        cutout: side of the square in pixels, 0 for none.
         seed: any integer in [0, 2^64).
+        cutout: side of the square in pixels, 0 for none.
+        color_jitter: largest change of brightness, contrast, saturation and hue (:class:`rlp.data.color.ColorJitter`).
+        randaugment: number of operations and magnitude (:class:`rlp.data.randaugment.RandAugment`); 0 operations: none.
     """
 
     def __init__(
-        self, mean: Sequence[float], std: Sequence[float], flip: bool, crop_padding: int, cutout: int, seed: int
+        self,
+        mean: Sequence[float],
+        std: Sequence[float],
+        seed: int,
+        cutout: int = 0,
+        color_jitter: Sequence[float] = (0.0, 0.0, 0.0, 0.0),
+        randaugment: Sequence[float] = (0, 0.0),
     ) -> None:
         for key, value in (("data.mean", mean), ("data.std", std)):
             if len(value) != 3:
                 raise UserError(f"{key} has {len(value)} numbers; expected 3, one for each of red, green and blue")
         if min(std) <= 0:
             raise UserError(f"data.std is {list(std)}; expected three positive numbers")
-        for key, pixels in (("data.crop_padding", crop_padding), ("data.cutout", cutout)):
-            if pixels < 0:
-                raise UserError(f"{key} is {pixels}; expected a number of pixels, 0 for none")
-        self.flip, self.crop_padding, self.cutout, self.seed = flip, crop_padding, cutout, seed
+        if cutout < 0:
+            raise UserError(f"data.cutout is {cutout}; expected a number of pixels, 0 for none")
+        self.cutout, self.seed = cutout, seed
+        self._jitter = ColorJitter(*color_jitter, seed=seed) if any(color_jitter) else None
+        operations, magnitude = randaugment
+        self._randaugment = RandAugment(operations, magnitude, seed, fill_of(mean)) if operations else None
         self._mean = torch.tensor(mean, dtype=torch.float32).mul(255)[:, None, None]
         self._scale = torch.tensor(std, dtype=torch.float64).mul(255).reciprocal().float()[:, None, None]
 
@@ -61,19 +68,16 @@ class Augment:
             float32 ``[B, 3, H, W]`` with channels_last strides.
         """
         image = image.contiguous(memory_format=torch.channels_last)
-        if not (train and (self.flip or self.crop_padding or self.cutout)):
-            return self._normalise(image)
-        words = random_bits(self.seed, "augment", index, len(_DRAWS), epoch)
-        word = dict(zip(_DRAWS, words.unbind(-1), strict=True))
-        if self.flip:
-            mirrored = random_labels(word["flip"], 2).bool()
-            image = torch.where(mirrored[:, None, None, None], image.flip(-1), image)
-        result = self._normalise(image)
-        if self.crop_padding:
-            result = _padded_crop(result, self.crop_padding, word["shift_y"], word["shift_x"])
-        if self.cutout:
-            rows = _interval(word["cut_y"], result.shape[-2], self.cutout)
-            columns = _interval(word["cut_x"], result.shape[-1], self.cutout)
+        if train and self._randaugment is not None:
+            image = self._randaugment(image, index, epoch)
+        result = image.float()
+        if train and self._jitter is not None:
+            result = self._jitter(result, index, epoch)
+        result = self._normalise(result)
+        if train and self.cutout:
+            word_y, word_x = random_bits(self.seed, "cutout", index, 2, epoch).unbind(-1)
+            rows = _interval(word_y, result.shape[-2], self.cutout)
+            columns = _interval(word_x, result.shape[-1], self.cutout)
             result.masked_fill_((rows[:, :, None] & columns[:, None, :])[:, None], 0.0)
         return result
 
@@ -81,18 +85,7 @@ class Augment:
         # Kept on the device of the images: a copy in every step would wait for the device.
         if self._mean.device != image.device:
             self._mean, self._scale = self._mean.to(image.device), self._scale.to(image.device)
-        return image.float().sub_(self._mean).mul_(self._scale)
-
-
-def _padded_crop(image: Tensor, padding: int, word_y: Tensor, word_x: Tensor) -> Tensor:
-    """Pad ``[B, 3, H, W]`` with zeros and cut each image out again at an offset of 0 to 2 * padding either way."""
-    height, width = image.shape[-2:]
-    padded = functional.pad(image.permute(0, 2, 3, 1), (0, 0, padding, padding, padding, padding))
-    windows = padded.unfold(1, height, 1).unfold(2, width, 1)  # a view: [B, offsets, offsets, 3, H, W]
-    sample = torch.arange(len(image), device=image.device)
-    offsets = 2 * padding + 1
-    crop = windows[sample, random_labels(word_y, offsets), random_labels(word_x, offsets)]
-    return crop.contiguous(memory_format=torch.channels_last)
+        return image.sub_(self._mean).mul_(self._scale)
 
 
 def _interval(word: Tensor, length: int, side: int) -> Tensor:

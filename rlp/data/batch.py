@@ -8,14 +8,16 @@ import numpy as np
 from torch import Tensor
 
 from rlp.data.beton import Card
+from rlp.data.view import View
 from rlp.philox import random_bits
 
 
 class Batch(NamedTuple):
     """One rank's part of a batch; everything lies on the rank's device and belongs to the receiver.
 
-    ``image`` uint8 ``[B, 3, H, W]`` with channels_last strides; ``label`` int64 ``[B]``, the given label (label noise
-    applied); ``index`` int64 ``[B]``, the sample ids; ``words`` int64 ``[B, K]`` in [0, 2^32), the draws' random words.
+    ``image`` uint8 ``[B, 3, H, W]`` with channels_last strides, in training cropped, mirrored and shifted already;
+    ``label`` int64 ``[B]``, the given label (label noise applied); ``index`` int64 ``[B]``, the sample ids; ``words``
+    int64 ``[B, K]`` in [0, 2^32), the draws' random words.
     """
 
     image: Tensor
@@ -25,9 +27,10 @@ class Batch(NamedTuple):
 
 
 class Loader(Protocol):
-    """Batches of one .beton. ``num_samples`` counts the view over all ranks, ``steps`` this rank's batches an epoch."""
+    """Batches of one set. ``num_samples`` counts the view over all ranks, ``steps`` this rank's batches an epoch."""
 
     card: Card
+    view: View
     num_samples: int
     steps: int
 

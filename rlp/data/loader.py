@@ -5,14 +5,13 @@ import os
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 from rlp.data.batch import Loader, Schedule
 from rlp.data.beton import Beton
+from rlp.data.geometry import Geometry
 from rlp.data.resident import ResidentLoader
+from rlp.data.view import View, ViewOptions, make_view
 from rlp.distributed import World
 from rlp.errors import UserError
-from rlp.labels import member_mask
 
 KINDS = ("auto", "ffcv", "resident")
 _GIB = 2**30
@@ -25,57 +24,52 @@ def open_loader(
     batch_size: int,
     seed: int,
     world: World,
+    view: ViewOptions | None = None,
+    geometry: Geometry | None = None,
     kind: Literal["auto", "ffcv", "resident"] = "auto",
     resident_limit: int = 4 * _GIB,
     workers: int = 0,
-    label_noise: float = 0.0,
-    member_fraction: float = 1.0,
-    image_size: int = 0,
-    crop_scale: tuple[float, float] = (0.08, 1.0),
-    center_ratio: float = 0.875,
     verify: bool = False,
 ) -> Loader:
     """Open ``path`` and its card, and choose how to load it.
 
     Args:
-        path: the .beton.
+        path: the .beton, or the name of a sharded set.
         train: shuffled, augmented whole batches; otherwise every sample once, in file order, over all ranks.
         batch_size: samples a step over all ranks.
-        seed: seed of order and crops.
+        seed: seed of order, crops and moves.
         world: the ranks, and the device the batches go to.
-        kind: ``resident`` (the whole set on the device), ``ffcv`` (decoded batch by batch), or ``auto``: resident when
+        view: which samples, with which labels; None for all with their true ones.
+        geometry: how images are cropped, mirrored and shifted; None keeps them as they are.
+        kind: ``resident`` (the whole set in memory), ``ffcv`` (decoded batch by batch), or ``auto``: resident when
             images of one size, not to be resized, fit within ``resident_limit``.
-        resident_limit: bytes of images that may lie on the device.
-        workers: FFCV's decoding threads of this rank; 0 = the usable cores over the ranks of this machine.
-        label_noise: share of the samples with a wrong given label.
-        member_fraction: share of the samples that are members; the others are left out.
-        image_size: side in pixels of the squares that FFCV crops and resizes to; 0 keeps images whole.
-        crop_scale: smallest and largest share of the area in a random crop (training).
-        center_ratio: side of the central crop over the shorter side (evaluation).
-        verify: hash the whole file first; a resident set, which is read as a whole, is always hashed.
+        resident_limit: bytes of images that may lie in memory.
+        workers: decoding threads of this rank; 0 = the usable cores over the ranks of this machine.
+        verify: hash the whole set first; a resident set, which is read as a whole, is always hashed.
 
     Raises:
         UserError: names the key or file that does not fit.
     """
-    _check(kind, workers, image_size, crop_scale, center_ratio, label_noise, member_fraction)
+    view, geometry = view or ViewOptions(), geometry or Geometry()
+    if kind not in KINDS:
+        raise UserError(f"data.loader is '{kind}'; expected one of {', '.join(KINDS)}")
+    if workers < 0:
+        raise UserError(f"data.workers is {workers}; expected a number of threads, 0 for automatic")
     beton = Beton.open(path, full_hash=verify)
-    chosen = _choose(kind, beton, resident_limit, image_size)
+    chosen = _choose(kind, beton, resident_limit, geometry.image_size)
     if chosen == "resident" and not verify:
         beton = Beton.open(path, full_hash=True)
-    ids = np.arange(beton.num_samples)
-    if member_fraction < 1:
-        ids = ids[member_mask(beton.named("member"), member_fraction)]
-    _check_batches(beton, ids, train, batch_size, world, member_fraction)
-    schedule = Schedule(ids, train, batch_size, seed, world.rank, world.size)
+    seen = make_view(beton, view)
+    _check_batches(beton, seen, train, batch_size, world)
+    schedule = Schedule(seen.ids, train, batch_size, seed, world.rank, world.size)
     if chosen == "resident":
-        return ResidentLoader(beton, schedule, world.device, label_noise)
+        return ResidentLoader(beton, seen, schedule, world.device, geometry)
     try:
-        from rlp.data.ffcv_loader import Crop, FFCVLoader
+        from rlp.data.ffcv_loader import FFCVLoader
+
+        return FFCVLoader(beton, seen, schedule, world.device, geometry, workers or _auto_workers(world))
     except ImportError as error:
         raise UserError(f"FFCV is installed but cannot be imported ({error}); install its libraries again") from error
-
-    crop = Crop(image_size, train, crop_scale, center_ratio, seed) if image_size else None
-    return FFCVLoader(beton, schedule, world.device, workers or _auto_workers(world), label_noise, crop)
 
 
 def ffcv_installed() -> bool:
@@ -112,33 +106,7 @@ def _choose(kind: str, beton: Beton, limit: int, image_size: int) -> str:
     return chosen
 
 
-def _check(
-    kind: str,
-    workers: int,
-    image_size: int,
-    crop_scale: tuple[float, float],
-    center_ratio: float,
-    label_noise: float,
-    member_fraction: float,
-) -> None:
-    if kind not in KINDS:
-        raise UserError(f"data.loader is '{kind}'; expected one of {', '.join(KINDS)}")
-    if workers < 0:
-        raise UserError(f"data.workers is {workers}; expected a number of threads, 0 for automatic")
-    if image_size < 0:
-        raise UserError(f"data.image_size is {image_size}; expected pixels, 0 for the images as they are")
-    if len(crop_scale) != 2 or not 0 < crop_scale[0] <= crop_scale[1] <= 1:
-        raise UserError(f"data.crop_scale is {list(crop_scale)}; expected 0 < smallest <= largest <= 1")
-    if not 0 < center_ratio <= 1:
-        raise UserError(f"data.center_ratio is {center_ratio}; expected a number above 0 and up to 1")
-    for key, value in (("label_noise", label_noise), ("member_fraction", member_fraction)):
-        if not 0 <= value <= 1:
-            raise UserError(f"data.{key} is {value}; expected a number from 0 to 1")
-
-
-def _check_batches(
-    beton: Beton, ids: np.ndarray, train: bool, batch_size: int, world: World, member_fraction: float
-) -> None:
+def _check_batches(beton: Beton, view: View, train: bool, batch_size: int, world: World) -> None:
     key = "data.batch_size" if train else "data.eval_batch_size"
     if batch_size < 1:
         raise UserError(f"{key} is {batch_size}; expected at least 1")
@@ -146,10 +114,6 @@ def _check_batches(
         return
     if batch_size % world.size:
         raise UserError(f"{key} is {batch_size}, which cannot be shared equally by {world.size} ranks")
-    if not len(ids):
-        raise UserError(f"data.member_fraction is {member_fraction}, which leaves no sample of {beton.path}")
-    if batch_size > len(ids):
-        view = f"the {len(ids)} samples of {beton.path}"
-        if member_fraction < 1:
-            view = f"the {len(ids)} members of {beton.path} (data.member_fraction is {member_fraction})"
-        raise UserError(f"{key} is {batch_size}, more than {view}")
+    if batch_size > len(view.ids):
+        of = "" if len(view.ids) == beton.num_samples else "of the view "
+        raise UserError(f"{key} is {batch_size}, more than the {len(view.ids)} samples {of}of {beton.path}")

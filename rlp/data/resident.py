@@ -1,29 +1,55 @@
-"""The whole set in the device's memory as uint8: for sets that fit, nothing is faster."""
+"""The whole set in memory as uint8, on the device or shared by the ranks of a machine: fastest for sets that fit."""
 
 from collections.abc import Generator
+from importlib.util import find_spec
+import os
 from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from rlp.data.batch import Batch, Schedule
 from rlp.data.beton import Beton
-from rlp.labels import noisy_labels
+from rlp.data.geometry import Geometry, fill_of, move
+from rlp.data.shared import SharedBytes, share
+from rlp.data.view import View
 
 _WORD_MASK = 0xFFFFFFFF
+_FILL_ROWS = 4096
 
 
 class _DeviceSet:
-    """Images, sample ids and words of one file on one device, whatever the view or the order."""
+    """Images, sample ids and words of one set on one device, whatever the view or the order.
+
+    On the CPU the ranks of a machine share one copy of the images, where shared memory has room for it.
+    """
 
     def __init__(self, beton: Beton, device: torch.device) -> None:
-        # One row an image: torch copies whole rows, but goes through a tensor of four dimensions pixel by pixel.
-        rows = beton.images().reshape(beton.num_samples, -1)
+        self._shared: SharedBytes | None = None
+        images = self._host_images(beton, device)
         # Words are kept as 32-bit patterns: half the memory of int64.
         words = beton.draw_words.astype(np.uint32).view(np.int32)
         self.images, self.index, self.words = (
-            torch.from_numpy(column).to(device) for column in (rows, beton.index, words)
+            torch.from_numpy(column).to(device) for column in (images, beton.index, words)
         )
+
+    def _host_images(self, beton: Beton, device: torch.device) -> np.ndarray:
+        if device.type != "cpu" or int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == 1:
+            return beton.images(progress=True)
+        card = beton.card
+        shape = (card.num_samples, card.height, card.width, 3)
+
+        def fill(target: np.ndarray) -> None:
+            for start in range(0, len(beton.label), _FILL_ROWS):  # no second copy of the whole
+                rows = np.arange(start, min(start + _FILL_ROWS, len(beton.label)))
+                target.reshape(shape)[rows] = beton.images(rows)
+
+        try:
+            self._shared = share(card.sha256, int(np.prod(shape)), fill)
+        except OSError:  # no shared memory, or too little: a copy of our own
+            return beton.images(progress=True)
+        return self._shared.array.reshape(shape)
 
 
 # The training set is loaded twice, to train and to evaluate: both loaders share what lies on the device.
@@ -39,44 +65,61 @@ def _device_set(beton: Beton, device: torch.device) -> _DeviceSet:
 
 
 class ResidentLoader:
-    """Batches by indexing images that lie on the device; a :class:`rlp.data.batch.Loader`.
+    """Batches by indexing images that lie in memory; a :class:`rlp.data.batch.Loader`.
 
-    Needs images of one size: N·H·W·3 bytes of memory, and 4·K for the words. A step is four index operations on
-    the device; the order of the epoch goes there once, so no step waits for the host.
+    Needs images of one size: N·H·W·3 bytes of memory, and 4·K·N for the words. On a GPU a step is a few operations
+    there, and the order of the epoch goes there once, so no step waits for the host. On a CPU with numba, compiled code
+    fetches, mirrors and shifts an image in one pass.
 
     Args:
         beton: the open set.
+        view: the samples, and the labels they are given.
         schedule: which samples this rank sees.
         device: where images, labels and words live.
-        label_noise: share of samples with a wrong given label.
+        geometry: mirror and padded crop, done in training; crops to a size are not done here.
     """
 
-    def __init__(self, beton: Beton, schedule: Schedule, device: torch.device, label_noise: float = 0.0) -> None:
-        self.card, self.num_samples, self.steps = beton.card, len(schedule.ids), schedule.steps
-        self._schedule, self._device = schedule, device
-        label = beton.label
-        if label_noise > 0:
-            noise, noise_class = beton.named("noise"), beton.named("noise_class")
-            label = noisy_labels(label, noise, noise_class, label_noise, len(beton.card.classes))
-        self._label = torch.from_numpy(label).to(device)
+    def __init__(
+        self, beton: Beton, view: View, schedule: Schedule, device: torch.device, geometry: Geometry | None = None
+    ) -> None:
+        self.card, self.view, self.num_samples, self.steps = beton.card, view, len(schedule.ids), schedule.steps
+        self._schedule, self._device, self._geometry = schedule, device, geometry or Geometry()
+        self._fill = self._geometry.fill or fill_of(beton.card.mean)
+        self._label = torch.from_numpy(view.label).to(device)
         self._set: _DeviceSet | None = _device_set(beton, device)
+        compiled = device.type == "cpu" and find_spec("numba") is not None
+        self._images = self._gathered if compiled else self._indexed
 
     def epoch(self, epoch: int, start: int = 0) -> Generator[Batch, None, None]:
         """The batches of ``epoch`` from step ``start`` on."""
         batches = self._schedule.batches(epoch, start)
         if not batches or self._set is None:
             return
-        images, labels, index, words = self._set.images, self._label, self._set.index, self._set.words
-        shape = (-1, self.card.height, self.card.width, 3)
-        ids = torch.from_numpy(np.concatenate(batches)).to(self._device)
-        for chosen in ids.split(self._schedule.local_size):
-            yield Batch(
-                images.index_select(0, chosen).view(shape).permute(0, 3, 1, 2),
-                labels.index_select(0, chosen),
-                index.index_select(0, chosen),
-                words.index_select(0, chosen).long() & _WORD_MASK,
-            )
+        held, labels = self._set, self._label
+        rows = torch.from_numpy(np.concatenate(batches)).to(self._device)
+        for chosen in rows.split(self._schedule.local_size):
+            index = held.index.index_select(0, chosen)
+            image = self._images(held, chosen, index, epoch)
+            words = held.words.index_select(0, chosen).long() & _WORD_MASK
+            yield Batch(image.permute(0, 3, 1, 2), labels.index_select(0, chosen), index, words)
+
+    def _indexed(self, held: _DeviceSet, rows: Tensor, index: Tensor, epoch: int) -> Tensor:
+        # One row an image: torch copies whole rows, but goes through a tensor of four dimensions pixel by pixel.
+        images = held.images.flatten(1).index_select(0, rows).view(len(rows), *held.images.shape[1:])
+        if not self._schedule.train:
+            return images
+        return move(images, index, epoch, self._schedule.seed, self._geometry, self._fill)
+
+    def _gathered(self, held: _DeviceSet, rows: Tensor, index: Tensor, epoch: int) -> Tensor:
+        from rlp.data.decode import gather_images, plan_of
+
+        train = self._schedule.train and self._geometry.moves
+        plan = plan_of(self._geometry, train, self._schedule.seed, epoch)
+        images = torch.empty((len(rows), *held.images.shape[1:]), dtype=torch.uint8)
+        fill = np.array(self._fill, np.uint8)
+        gather_images(held.images.numpy(), rows.numpy(), index.numpy(), plan, fill, images.numpy())
+        return images
 
     def close(self) -> None:
-        """Free the device's memory, unless another loader of the same file still uses it."""
+        """Free the memory, unless another loader of the same set still uses it."""
         self._set = None

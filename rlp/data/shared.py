@@ -1,0 +1,103 @@
+"""One copy of an array for all processes of a machine, filled by the first that needs it."""
+
+from collections.abc import Callable
+import contextlib
+import fcntl
+import mmap
+import os
+from pathlib import Path
+
+import numpy as np
+
+MEMORY = Path("/dev/shm")
+_COMPLETE = b"complete"  # after the data, written last
+
+
+class SharedBytes:
+    """``size`` bytes in shared memory under a name; made by :func:`share`.
+
+    Attributes:
+        array: uint8 [size]; it stays valid after :meth:`close`, as long as it is referenced.
+    """
+
+    def __init__(self, path: Path, descriptor: int, array: np.ndarray) -> None:
+        self.array, self._path, self._descriptor = array, path, descriptor
+
+    def close(self) -> None:
+        """Give the name back; the last process to do so frees the memory."""
+        if self._descriptor < 0:
+            return
+        with contextlib.suppress(OSError):  # another process still uses it, or has removed it
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(self._path, self._descriptor):
+                self._path.unlink()
+        os.close(self._descriptor)
+        self._descriptor = -1
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def share(name: str, size: int, fill: Callable[[np.ndarray], None], folder: Path = MEMORY) -> SharedBytes:
+    """The bytes that every process of this user gets under ``name``; whoever comes first calls ``fill``, others wait.
+
+    A lock that the system drops with its holder keeps them apart: when the process that fills dies or fails, the next
+    one fills. What is left when the last user was killed is used by the next run of the same name.
+
+    Args:
+        name: of the contents, e.g. their hash.
+        size: number of bytes.
+        fill: writes all of a uint8 [size].
+        folder: in memory.
+
+    Raises:
+        OSError: no such folder, or too little room in it.
+    """
+    path = folder / f"rlp-{os.getuid()}-{name}-{size}"
+    descriptor = _open_locked(path, fcntl.LOCK_SH)
+    if not _is_complete(descriptor, size):
+        os.close(descriptor)
+        descriptor = _open_locked(path, fcntl.LOCK_EX)
+    try:
+        if not _is_complete(descriptor, size):  # and nobody else is at it
+            os.ftruncate(descriptor, 0)
+            os.posix_fallocate(descriptor, 0, size)  # too little room is an error here, and no crash later
+            fill(_mapped(descriptor, size))
+            os.pwrite(descriptor, _COMPLETE, size)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        return SharedBytes(path, descriptor, _mapped(descriptor, size))
+    except BaseException:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        os.close(descriptor)
+        raise
+
+
+def _open_locked(path: Path, lock: int) -> int:
+    """A descriptor of the file that holds the lock; waits for it."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        fcntl.flock(descriptor, lock)
+        if os.fstat(descriptor).st_uid != os.getuid():
+            os.close(descriptor)
+            raise PermissionError(f"{path} belongs to somebody else")
+        if _is_at(path, descriptor):
+            return descriptor
+        os.close(descriptor)  # its last user removed it between our open and our lock
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except OSError:
+        return False
+
+
+def _is_complete(descriptor: int, size: int) -> bool:
+    if os.fstat(descriptor).st_size != size + len(_COMPLETE):
+        return False
+    return os.pread(descriptor, len(_COMPLETE), size) == _COMPLETE
+
+
+def _mapped(descriptor: int, size: int) -> np.ndarray:
+    return np.frombuffer(mmap.mmap(descriptor, size), np.uint8)

@@ -79,8 +79,9 @@ def write_splits(splits: list[Split], contents: Contents, encoder: Encoder, prog
         progress: show a bar per split on a terminal.
 
     Raises:
-        UserError: an image is unreadable, a worker died, or the disk is full or not writable.
+        UserError: an image is unreadable, a name is not text, a worker died, or the disk is full or not writable.
     """
+    _check_names(contents)
     try:
         with PartialPair([split.path for split in splits]) as partial:
             _check_space(splits, contents)
@@ -152,6 +153,15 @@ def _versions() -> dict[str, str]:
         "numpy": np.__version__,
         "pillow": PIL.__version__,
     }
+
+
+def _check_names(contents: Contents) -> None:
+    """Linux allows any bytes in the name of a folder; a card is UTF-8."""
+    for name in (*contents.classes, *contents.source.values()):
+        try:
+            name.encode("utf-8")
+        except UnicodeEncodeError:
+            raise UserError(f"the name {name!a} cannot stand in a card; expected text in UTF-8") from None
 
 
 def _check_space(splits: list[Split], contents: Contents) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+import threading
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,6 +11,7 @@ from numpy.lib import recfunctions
 import pytest
 from small_sets import SEED, change_card, random_images, write_card, write_set
 
+from rlp.data import beton as beton_module
 from rlp.data import format as beton_format
 from rlp.data.beton import Beton, Card, card_path
 from rlp.data.format import ALLOC, DESCRIPTORS_END, HEADER, IMAGE, METADATA, read_index, sample_crc32
@@ -44,6 +46,21 @@ def test_what_was_written_is_read(tmp_path: Path, write: Callable[..., Path]) ->
         beton.named("nose")
     with pytest.raises(IndexError):
         beton.image(300)
+
+
+def test_jpegs_are_decoded_by_threads_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(beton_module, "_DECODE_ROWS", 7)
+    path = write_set(tmp_path / "a.beton", random_images(50, 8, 9), jpeg=True)
+    beton, rows = Beton.open(path), np.array([3, 40, 3, 0])
+    images = np.stack([beton.image(row) for row in range(50)])
+    np.testing.assert_array_equal(beton.images(progress=True), images)
+    np.testing.assert_array_equal(beton.images(rows), images[rows])
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("images")]
+    with open(path, "r+b") as file:
+        file.seek(int(beton.layout["image"][40]))
+        file.write(bytes(60))
+    with pytest.raises(UserError, match="the JPEG of sample 40 cannot be decoded"):
+        Beton.open(path).images()
 
 
 def test_pages_grow_for_a_large_sample(tmp_path: Path) -> None:

@@ -152,6 +152,14 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path, source: Path) -> None:
         prepare(request(source, tmp_path / "file" / "out"))
 
 
+def test_a_class_whose_name_is_no_text(tmp_path: Path, source: Path) -> None:
+    for split in ("train", "val"):
+        os.rename(source / split / "bee", os.fsencode(source / split) + b"/b\xff")
+    with pytest.raises(UserError, match=r"the name 'b\\udcff' cannot stand in a card"):
+        prepare(request(source, tmp_path / "out"))
+    assert left_in(tmp_path / "out") == []
+
+
 def test_two_writers_of_one_output(tmp_path: Path, source: Path) -> None:
     out = tmp_path / "out"
     with PartialPair([out / "train.beton", out / "val.beton"]):

@@ -1,5 +1,6 @@
 """From a configuration to the objects of a run: data, model, heads. Everything is checked before training starts."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -11,11 +12,11 @@ from rlp.data.augment import Augment
 from rlp.data.beton import Beton, Card
 from rlp.data.geometry import Geometry, fill_of
 from rlp.data.loader import Loader, open_loader
-from rlp.data.view import View
+from rlp.data.view import View, ViewOptions
 from rlp.distributed import World
 from rlp.errors import UserError
 from rlp.models import RandomLabelHeads, attach, build_model
-from rlp.schema import TrainConfig
+from rlp.schema import DataConfig, TrainConfig
 from rlp.trainer import Data
 
 
@@ -84,13 +85,17 @@ def _open(config: TrainConfig, world: World, split: str, train: bool) -> Loader:
         batch_size=data.batch_size if train else data.eval_batch_size or data.batch_size,
         seed=config.run.seed,
         world=world,
-        view=data.view if split == "train" else None,
+        view=_view(data) if split == "train" else None,
         geometry=geometry,
         kind=data.loader,
         resident_limit=int(data.resident_limit_gb * 2**30),
         workers=data.workers,
         verify=data.verify,
     )
+
+
+def _view(data: DataConfig) -> ViewOptions:
+    return ViewOptions(**{field.name: getattr(data, field.name) for field in fields(ViewOptions)})
 
 
 def _class_floors(config: TrainConfig, beton: Beton, view: View) -> list[float]:

@@ -73,6 +73,12 @@ class DataConfig(Section, name="data"):
     flip: bool = key(False, "mirror half of the training images")
     crop_padding: int = key(0, "pad by so many pixels and crop back at random; 0 for none", at_least(0))
     cutout: int = key(0, "blank a square of so many pixels a side; 0 for none", at_least(0))
+    color_jitter: tuple[float, float, float, float] = key(
+        (0.0, 0.0, 0.0, 0.0), "largest change of brightness, contrast, saturation and hue", each(at_least(0))
+    )
+    randaugment: tuple[float, float] = key(
+        (0.0, 0.0), "operations of RandAugment and their magnitude, 0 to 10; 0 operations for none", each(at_least(0))
+    )
     image_size: int = key(0, "crop and resize to squares of so many pixels a side (FFCV); 0 keeps images", at_least(0))
     crop_scale: tuple[float, float] = key(
         (0.08, 1.0), "smallest and largest share of the area in a random crop", each(between(0, 1))
@@ -80,8 +86,25 @@ class DataConfig(Section, name="data"):
     center_ratio: float = key(
         0.875, "evaluation's central crop: its side over the shorter side of the image", above(0), at_most(1)
     )
+    interpolation: Literal["area", "bilinear"] = key(
+        "area", "how data.image_size resizes: OpenCV's area as in FFCV, or Pillow's antialiased bilinear"
+    )
+    fraction: float = key(1.0, "share of the training samples that is used at all", above(0), at_most(1))
+    fraction_per_class: bool = key(False, "take data.fraction of each class")
+    imbalance: float = key(1.0, "long tail: samples of the largest class over those of the smallest", at_least(1))
+    drop_duplicates: bool = key(
+        False, "leave out near-duplicates, as `python -m rlp.data duplicates` has noted them in the card"
+    )
+    member_fraction: float = key(1.0, "share of the training samples that are members", above(0), at_most(1))
+    members: Literal["members", "non-members"] = key("members", "which side of data.member_fraction to train on")
     label_noise: float = key(0.0, "share of the training samples that get a wrong class", between(0, 1))
-    member_fraction: float = key(1.0, "share of the training samples that are trained on", above(0), at_most(1))
+    noise_kind: Literal["symmetric", "pair", "asymmetric"] = key(
+        "symmetric", "the wrong class: any other, the next one, or a similar one (CIFAR-10 and CIFAR-100)"
+    )
+    label_file: str | None = key(
+        None, "given labels from a file (.npy, .npz, .pt as CIFAR-N's, .csv, .txt), one for each sample", not_empty
+    )
+    label_key: str | None = key(None, "the array or column of data.label_file", not_empty)
     mean: tuple[float, float, float] | None = key(
         None, "mean of the pixels by channel, 255 being 1; null for the card's"
     )
@@ -91,10 +114,15 @@ class DataConfig(Section, name="data"):
     verify: bool = key(False, "hash both files as a whole first (a resident set always is)")
 
     def check(self) -> None:
-        """The crop's range."""
+        """The crop's range, and one source of labels."""
         low, high = self.crop_scale
         if not 0 < low <= high:
             raise UserError(f"data.crop_scale is [{low}, {high}]; expected the smaller share first, above 0")
+        if self.label_file is not None and self.label_noise:
+            raise UserError(
+                f"data.label_file is '{self.label_file}' and data.label_noise is {self.label_noise}; "
+                "expected only one of them"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

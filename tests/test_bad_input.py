@@ -5,7 +5,6 @@ process, as their ``__main__`` would run them.
 """
 
 from collections.abc import Callable
-import json
 from pathlib import Path
 import shutil
 from typing import Any
@@ -13,13 +12,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 import pytest
-from small_sets import write_set
+from small_sets import change_card, write_set
 from tiny_run import CLASSES, tiny_settings, write_tiny_sets
 import torch
 import yaml
 
 from data_prep import write_datasets
-from rlp.data.card import card_path
 from rlp.errors import exit_on_user_error
 import train_rlp
 
@@ -40,8 +38,7 @@ def finished_run(folder: Path) -> Path:
 
 
 def edit_card(folder: Path, **changes: Any) -> list[str]:
-    path = card_path(folder / "train.beton")
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    change_card(folder / "train.beton", **changes)
     return []
 
 
@@ -102,9 +99,7 @@ def sizes_that_differ(folder: Path) -> list[str]:
 
 
 def other_classes(folder: Path) -> list[str]:
-    path = card_path(folder / "val.beton")
-    card = json.loads(path.read_text())
-    path.write_text(json.dumps({**card, "classes": ["a", "b", "c", "d"]}))
+    change_card(folder / "val.beton", classes=["a", "b", "c", "d"])
     return []
 
 
@@ -141,7 +136,7 @@ TRAIN: dict[str, tuple[Spoil, str]] = {
     "data missing": (remove("train.beton"), r"train\.beton does not exist"),
     "card missing": (remove("train.json"), r"train\.json is missing"),
     "card is no JSON": (edit_file("train.json", lambda c: c.extend(b"}")), r"train\.json is not a card"),
-    "card of the future": (lambda f: edit_card(f, schema=2), r"schema 2"),
+    "card of the future": (lambda f: edit_card(f, schema=3), r"schema 3"),
     "card without a key": (edit_file("train.json", lambda c: c.__setitem__(slice(8, 9), b"X")), r"train\.json"),
     "card lies about the count": (lambda f: edit_card(f, num_samples=7), r"num_samples"),
     "file cut short": (edit_file("train.beton", lambda c: c.__delitem__(slice(-100, None))), r"train\.beton has"),

@@ -255,6 +255,9 @@ def _mirror(target: Int, source: Int, count: Int) -> None:
     while done + 8 <= count:
         _reverse_eight(target + 3 * done, source + 3 * (count - done - 8))
         done += 8
+    if count >= 8:  # the rest as eight again, some of them for the second time
+        _reverse_eight(target + 3 * (count - 8), source)
+        return
     while done < count:
         _reverse_one(target + 3 * done, source + 3 * (count - done - 1))
         done += 1

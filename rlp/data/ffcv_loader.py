@@ -16,7 +16,6 @@ from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from itertools import pairwise
-import os
 import threading
 
 import numpy as np
@@ -28,7 +27,7 @@ from rlp.data.beton import Beton
 from rlp.data.decode import DAMAGED, GONE, SUSPECT, decode_images, plan_of, read_words
 from rlp.data.geometry import Geometry, fill_of
 from rlp.data.native import JpegDecoder, register
-from rlp.data.prefetch import Prefetcher
+from rlp.data.prefetch import Prefetcher, SameProcess
 from rlp.data.view import View
 from rlp.errors import UserError
 
@@ -65,7 +64,7 @@ class HostReader:
         self._fill = np.array(geometry.fill or fill_of(beton.card.mean), np.uint8)
         size = geometry.image_size
         self._side = (size, size) if size else (beton.card.height, beton.card.width)
-        self._workers, self._process = workers, os.getpid()
+        self._workers = workers
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix=f"decode {beton.path.name}")
         self._made: list[JpegDecoder] = []
         self._decoders = _Decoders(self._made)
@@ -81,8 +80,6 @@ class HostReader:
         Raises:
             UserError: an image cannot be decoded, or the file was changed meanwhile; nothing else happens to it.
         """
-        if os.getpid() != self._process:
-            raise UserError(f"the loader of {self._beton.path} was opened before a fork; open it in the child process")
         self._beton.check_unchanged()
         rows = np.ascontiguousarray(rows)  # strided rows would compile everything once more
         images = self._empty((len(rows), *self._side, 3), torch.uint8)
@@ -143,11 +140,13 @@ class FFCVLoader:
     ) -> None:
         self.card, self.view, self.num_samples, self.steps = beton.card, view, len(schedule.ids), schedule.steps
         self._name, self._index, self._schedule, self._device = str(beton.path), beton.index, schedule, device
+        self._process = SameProcess(self._name)
         pinned = device if device.type == "cuda" else None
         self._reader = HostReader(beton, geometry or Geometry(), schedule, workers, pinned)
 
     def epoch(self, epoch: int, start: int = 0) -> Generator[Batch, None, None]:
         """The batches of ``epoch`` from step ``start`` on."""
+        self._process.check()
         rows = self._schedule.batches(epoch, start)
         batches = Prefetcher(lambda part: (part, self._reader.batch(part, epoch)), rows, _BATCHES_AHEAD, self._name)
         try:

@@ -44,7 +44,7 @@ def open_loader(
         kind: ``resident`` (the whole set in memory), ``ffcv`` (decoded batch by batch), or ``auto``: resident when
             images of one size, not to be resized, fit within ``resident_limit``.
         resident_limit: bytes of images that may lie in memory.
-        workers: decoding threads of this rank; 0 = the usable cores over the ranks of this machine.
+        workers: threads of this rank that decode or gather; 0 = the usable cores over the ranks of this machine.
         verify: hash the whole set first; a resident set, which is read as a whole, is always hashed.
 
     Raises:
@@ -62,12 +62,13 @@ def open_loader(
     seen = make_view(beton, view)
     _check_batches(beton, seen, train, batch_size, world)
     schedule = Schedule(seen.ids, train, batch_size, seed, world.rank, world.size)
+    workers = workers or _auto_workers(world)
     if chosen == "resident":
-        return ResidentLoader(beton, seen, schedule, world.device, geometry)
+        return ResidentLoader(beton, seen, schedule, world.device, geometry, workers)
     try:
         from rlp.data.ffcv_loader import FFCVLoader
 
-        return FFCVLoader(beton, seen, schedule, world.device, geometry, workers or _auto_workers(world))
+        return FFCVLoader(beton, seen, schedule, world.device, geometry, workers)
     except ImportError as error:
         raise UserError(f"FFCV is installed but cannot be imported ({error}); install its libraries again") from error
 

@@ -2,9 +2,12 @@
 
 from collections.abc import Callable, Iterator, Sequence
 import logging
+import os
 import queue
 import threading
 from typing import Generic, TypeVar
+
+from rlp.errors import UserError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -12,6 +15,18 @@ Result = TypeVar("Result")
 _log = logging.getLogger(__name__)
 _POLL_SECONDS = 0.2
 _CLOSE_SECONDS = 30.0
+
+
+class SameProcess:
+    """Notices use after a fork: threads do not live on in the child, which would wait for them for ever."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._process = name, os.getpid()
+
+    def check(self) -> None:
+        """Raise :class:`UserError` in another process than the one that made this object."""
+        if os.getpid() != self._process:
+            raise UserError(f"the loader of {self._name} was opened before a fork; open it in the child process")
 
 
 class Prefetcher(Generic[Item, Result]):

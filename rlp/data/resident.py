@@ -1,6 +1,8 @@
 """The whole set in memory as uint8, on the device or shared by the ranks of a machine: fastest for sets that fit."""
 
+from collections import deque
 from collections.abc import Generator
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.util import find_spec
 import os
 from weakref import WeakValueDictionary
@@ -12,6 +14,7 @@ from torch import Tensor
 from rlp.data.batch import Batch, Schedule
 from rlp.data.beton import Beton
 from rlp.data.geometry import Geometry, fill_of, move
+from rlp.data.prefetch import SameProcess
 from rlp.data.shared import SharedBytes, share
 from rlp.data.view import View
 
@@ -28,6 +31,7 @@ class _DeviceSet:
     def __init__(self, beton: Beton, device: torch.device) -> None:
         self._shared: SharedBytes | None = None
         images = self._host_images(beton, device)
+        self.host = (images, beton.index) if device.type == "cpu" else None
         # Words are kept as 32-bit patterns: half the memory of int64.
         words = beton.draw_words.astype(np.uint32).view(np.int32)
         self.images, self.index, self.words = (
@@ -68,8 +72,8 @@ class ResidentLoader:
     """Batches by indexing images that lie in memory; a :class:`rlp.data.batch.Loader`.
 
     Needs images of one size: N·H·W·3 bytes of memory, and 4·K·N for the words. On a GPU a step is a few operations
-    there, and the order of the epoch goes there once, so no step waits for the host. On a CPU with numba, compiled code
-    fetches, mirrors and shifts an image in one pass.
+    there, and the order of the epoch goes there once, so no step waits for the host. On a CPU with numba, threads of
+    its own fetch the next batches ahead: compiled code mirrors and shifts an image while it copies it.
 
     Args:
         beton: the open set.
@@ -77,10 +81,17 @@ class ResidentLoader:
         schedule: which samples this rank sees.
         device: where images, labels and words live.
         geometry: mirror and padded crop, done in training; crops to a size are not done here.
+        workers: threads on a CPU, at least 1.
     """
 
     def __init__(
-        self, beton: Beton, view: View, schedule: Schedule, device: torch.device, geometry: Geometry | None = None
+        self,
+        beton: Beton,
+        view: View,
+        schedule: Schedule,
+        device: torch.device,
+        geometry: Geometry | None = None,
+        workers: int = 1,
     ) -> None:
         self.card, self.view, self.num_samples, self.steps = beton.card, view, len(schedule.ids), schedule.steps
         self._schedule, self._device, self._geometry = schedule, device, geometry or Geometry()
@@ -88,38 +99,57 @@ class ResidentLoader:
         self._label = torch.from_numpy(view.label).to(device)
         self._set: _DeviceSet | None = _device_set(beton, device)
         compiled = device.type == "cpu" and find_spec("numba") is not None
-        self._images = self._gathered if compiled else self._indexed
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix=f"gather {beton.path.name}") if compiled else None
+        self._ahead, self._process = 2 * workers, SameProcess(str(beton.path))
 
     def epoch(self, epoch: int, start: int = 0) -> Generator[Batch, None, None]:
         """The batches of ``epoch`` from step ``start`` on."""
-        batches = self._schedule.batches(epoch, start)
-        if not batches or self._set is None:
+        self._process.check()
+        batches, held = self._schedule.batches(epoch, start), self._set
+        if not batches or held is None:
             return
-        held, labels = self._set, self._label
-        rows = torch.from_numpy(np.concatenate(batches)).to(self._device)
-        for chosen in rows.split(self._schedule.local_size):
-            index = held.index.index_select(0, chosen)
-            image = self._images(held, chosen, index, epoch)
-            words = held.words.index_select(0, chosen).long() & _WORD_MASK
-            yield Batch(image.permute(0, 3, 1, 2), labels.index_select(0, chosen), index, words)
+        if self._pool is None:
+            rows = torch.from_numpy(np.concatenate(batches)).to(self._device)
+            yield from (self._indexed(held, chosen, epoch) for chosen in rows.split(self._schedule.local_size))
+            return
+        waiting: deque[Future[Batch]] = deque()
+        try:
+            for chosen in batches:
+                waiting.append(self._pool.submit(self._gathered, held, chosen, epoch))
+                if len(waiting) > self._ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
 
-    def _indexed(self, held: _DeviceSet, rows: Tensor, index: Tensor, epoch: int) -> Tensor:
+    def _indexed(self, held: _DeviceSet, rows: Tensor, epoch: int) -> Batch:
         # One row an image: torch copies whole rows, but goes through a tensor of four dimensions pixel by pixel.
         images = held.images.flatten(1).index_select(0, rows).view(len(rows), *held.images.shape[1:])
-        if not self._schedule.train:
-            return images
-        return move(images, index, epoch, self._schedule.seed, self._geometry, self._fill)
+        index = held.index.index_select(0, rows)
+        if self._schedule.train:
+            images = move(images, index, epoch, self._schedule.seed, self._geometry, self._fill)
+        return self._batch(held, images, rows, index)
 
-    def _gathered(self, held: _DeviceSet, rows: Tensor, index: Tensor, epoch: int) -> Tensor:
+    def _gathered(self, held: _DeviceSet, rows: np.ndarray, epoch: int) -> Batch:
         from rlp.data.decode import gather_images, plan_of
 
         train = self._schedule.train and self._geometry.moves
         plan = plan_of(self._geometry, train, self._schedule.seed, epoch)
-        images = torch.empty((len(rows), *held.images.shape[1:]), dtype=torch.uint8)
-        fill = np.array(self._fill, np.uint8)
-        gather_images(held.images.numpy(), rows.numpy(), index.numpy(), plan, fill, images.numpy())
-        return images
+        assert held.host is not None  # on a CPU
+        all_images, all_ids = held.host
+        images = np.empty((len(rows), *all_images.shape[1:]), np.uint8)
+        rows, ids = np.ascontiguousarray(rows), all_ids[rows]
+        gather_images(all_images, rows, ids, plan, np.array(self._fill, np.uint8), images)
+        return self._batch(held, *(torch.from_numpy(column) for column in (images, rows, ids)))
+
+    def _batch(self, held: _DeviceSet, images: Tensor, rows: Tensor, index: Tensor) -> Batch:
+        words = held.words.index_select(0, rows).long() & _WORD_MASK
+        return Batch(images.permute(0, 3, 1, 2), self._label.index_select(0, rows), index, words)
 
     def close(self) -> None:
         """Free the memory, unless another loader of the same set still uses it."""
         self._set = None
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)

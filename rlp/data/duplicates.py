@@ -1,0 +1,145 @@
+"""Near-duplicates: found once from image hashes or given embeddings, kept in the card, left out by a view.
+
+A sample is dropped when a sample with a lower id lies within the distance. So a larger distance drops more, and never
+less: views at several distances are nested.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlp.data.beton import Beton
+from rlp.data.card import Card
+from rlp.errors import UserError
+
+HASH_SIDE = 8
+HASH_BITS = HASH_SIDE * HASH_SIDE
+_BLOCK = 2048  # embeddings compared at once with all before them
+_PAIRS = 1 << 22  # pairs of hashes compared at once
+
+
+def dropped_samples(beton: Beton) -> np.ndarray:
+    """Ids of the samples that the card lists as near-duplicates of an earlier one, int64.
+
+    Raises:
+        UserError: the card has no list.
+    """
+    found = beton.card.duplicates
+    if "dropped" not in found:
+        raise UserError(
+            f"data.drop_duplicates is true, but the card of {beton.path} lists no near-duplicates; "
+            f"run python -m rlp.data duplicates {beton.path} first"
+        )
+    return np.array(found["dropped"], np.int64)
+
+
+def record_duplicates(
+    path: str | Path, distance: float | None = None, embeddings: str | Path | None = None, progress: bool = False
+) -> Card:
+    """Find the near-duplicates of a set and write them into its card; returns the new card.
+
+    Args:
+        path: the .beton, or the name of a sharded set.
+        distance: bits of 64 in which the hashes of duplicates may differ (default 4), or with embeddings 1 - cosine
+            (default 0.02).
+        embeddings: .npy of float [N, D], one row for each sample; None to hash the images.
+        progress: show a bar on a terminal.
+
+    Raises:
+        UserError: the set is damaged, the embeddings do not fit, or the distance is out of range.
+    """
+    beton = Beton.open(path)
+    limit = 1.0 if embeddings is not None else HASH_BITS - 1
+    distance = distance if distance is not None else (0.02 if embeddings is not None else 4)
+    if not 0 <= distance <= limit:
+        raise UserError(f"--distance is {distance}; expected a number from 0 to {limit}")
+    if embeddings is None:
+        dropped = near_hashes(image_hashes(beton, progress), int(distance))
+        method = f"difference hash of {HASH_BITS} bits"
+    else:
+        dropped = near_embeddings(_read_embeddings(embeddings, beton), distance, progress)
+        method = "cosine of embeddings"
+    found = {"method": method, "distance": distance, "dropped": beton.index[dropped].tolist()}
+    card = replace(beton.card, duplicates=found)
+    card.write(beton.path)
+    return card
+
+
+def _read_embeddings(path: str | Path, beton: Beton) -> np.ndarray:
+    try:
+        values = np.load(path, allow_pickle=False, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path} cannot be read as a .npy of embeddings: {error}") from None
+    if values.ndim != 2 or len(values) != beton.num_samples or values.dtype.kind != "f":
+        raise UserError(
+            f"{path} is {values.dtype} of shape {values.shape}; expected floats of shape "
+            f"[{beton.num_samples}, D], a row for each sample of {beton.path}"
+        )
+    return values
+
+
+def image_hashes(beton: Beton, progress: bool = False) -> np.ndarray:
+    """Difference hash of every image, uint64 [N]: the signs of the horizontal differences of 8 x 9 grey averages."""
+    from PIL import Image
+    from tqdm import tqdm
+
+    hashes = np.empty(beton.num_samples, np.uint64)
+    weights = np.uint64(1) << np.arange(HASH_BITS, dtype=np.uint64)
+    bar = tqdm(range(beton.num_samples), desc="hashes", unit=" images", disable=None if progress else True)
+    for row in bar:
+        grey = Image.fromarray(beton.image(row)).convert("L")
+        small = np.asarray(grey.resize((HASH_SIDE + 1, HASH_SIDE), Image.Resampling.BOX), np.int16)
+        hashes[row] = weights[(small[:, 1:] > small[:, :-1]).ravel()].sum()
+    return hashes
+
+
+def near_hashes(hashes: np.ndarray, distance: int) -> np.ndarray:
+    """Rows whose hash differs from that of an earlier row in at most ``distance`` bits, sorted int64.
+
+    Two such hashes agree in at least one of ``distance + 1`` bands of bits: only rows that agree in one are compared.
+    """
+    dropped = np.zeros(len(hashes), bool)
+    for band in np.array_split(np.arange(HASH_BITS, dtype=np.uint64), min(distance + 1, HASH_BITS)):
+        mask = np.bitwise_or.reduce(np.uint64(1) << band)
+        for earlier, later in _pairs(hashes & mask):
+            near = np.bitwise_count(hashes[earlier] ^ hashes[later]) <= distance
+            dropped[later[near]] = True
+    return np.flatnonzero(dropped)
+
+
+def _pairs(keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """All pairs of rows (earlier, later) with equal keys, in portions."""
+    order = np.argsort(keys, kind="stable")  # within a key the rows stay in order
+    starts = np.flatnonzero(np.r_[True, keys[order][1:] != keys[order][:-1]])
+    sizes = np.diff(np.r_[starts, len(order)])
+    place = np.arange(len(order)) - np.repeat(starts, sizes)  # how many earlier rows have the key
+    bounds = np.r_[0, np.cumsum(place)]
+    first = 0
+    while first < len(order):
+        last = max(first + 1, int(np.searchsorted(bounds, bounds[first] + _PAIRS, side="right")) - 1)
+        count = place[first:last]
+        later = np.repeat(np.arange(first, last), count)
+        back = np.arange(len(later)) - np.repeat(np.cumsum(count) - count, count)
+        yield order[later - 1 - back], order[later]
+        first = last
+
+
+def near_embeddings(embeddings: np.ndarray, distance: float, progress: bool = False) -> np.ndarray:
+    """Rows whose cosine with an earlier row is at least 1 - ``distance``, sorted int64; compared by blocks."""
+    from tqdm import tqdm
+
+    unit = np.asarray(embeddings, np.float32)
+    unit = unit / np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-12)
+    dropped = np.zeros(len(unit), bool)
+    blocks: Any = range(0, len(unit), _BLOCK)
+    for start in tqdm(blocks, desc="embeddings", unit=" blocks", disable=None if progress else True):
+        rows = slice(start, start + _BLOCK)
+        for other in range(0, start + 1, _BLOCK):
+            near = unit[rows] @ unit[other : other + _BLOCK].T >= 1 - distance
+            if other == start:
+                near = np.tril(near, -1)
+            dropped[rows] |= near.any(1)
+    return np.flatnonzero(dropped)

@@ -86,6 +86,7 @@ def finish(config: TrainConfig, trainer: Trainer, last: dict[str, Any], log: Run
                 "num_samples": trainer.data.evaluation[split].num_samples,
                 "classes": list(card.classes),
                 "sha256": card.sha256,
+                "view": trainer.data.evaluation[split].view.summary(),
             }
             for split, card in cards.items()
         },

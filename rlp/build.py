@@ -42,7 +42,7 @@ def build_data(config: TrainConfig, world: World) -> Data:
         color_jitter=data.color_jitter,
         randaugment=data.randaugment,
     )
-    hashes = {split: beton.card.sha256 for split, beton in files.items()}
+    hashes = {**{split: beton.card.sha256 for split, beton in files.items()}, "view": train.view.sha256}
     return Data(train, evaluation, augment, _class_floors(config, files["train"], train.view), hashes)
 
 

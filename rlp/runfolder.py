@@ -17,11 +17,11 @@ RUN_ENTRIES = (SUMMARY, "figures", "tensorboard", "checkpoints", "metrics.jsonl"
 # Keys that may differ when a run goes on; those that change what is computed, with what they change, for the log.
 _EFFECTS = {
     "train.epochs": "the learning rates to come",
-    "data.loader": "the pixels of a set of JPEGs",
     "heads.impl": "the rounding of the heads' losses",
     "heads.memory_mb": "the rounding of the heads' losses",
 }
-_FREE_KEYS = {"data.workers", "data.resident_limit_gb", "data.verify", "data.eval_batch_size", "data.train", "data.val"}
+_FREE_KEYS = {f"data.{key}" for key in ("train", "val", "loader", "workers", "resident_limit_gb", "verify")}
+_FREE_KEYS.add("data.eval_batch_size")
 
 
 def find_resume_point(run_dir: Path, resume: str | None, overwrite: bool) -> dict[str, Any] | None:
@@ -156,6 +156,11 @@ def check_same_run(state: dict[str, Any], config: dict[str, Any], data: dict[str
             if name in _EFFECTS:
                 remarks.append(f"{name} was {before} and is {value}: this changes {_EFFECTS[name]}")
     for split, digest in data.items():
+        if state["data"].get(split) != digest and split == "view":
+            raise UserError(
+                "the training samples or their labels are not those that the run to resume was trained on; expected "
+                "data.label_file and the card's list of near-duplicates to be as they were"
+            )
         if state["data"].get(split) != digest:
             raise UserError(f"data.{split} is not the file that the run to resume was trained on (its hash differs)")
     return remarks

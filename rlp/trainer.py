@@ -108,6 +108,8 @@ class Trainer:
             SystemExit: with status :data:`INTERRUPTED` after SIGTERM, a checkpoint saved.
             NonFiniteError: a loss became NaN or infinite.
         """
+        for line in self.data.train.view.describe():
+            self.log.info(line)
         with _on_sigterm(self._terminate):
             row: dict[str, Any] = {}
             while self.progress.epoch < self.config.train.epochs:

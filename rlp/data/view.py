@@ -10,6 +10,7 @@ The steps come in one order: near-duplicates, share, long tail, members. Label n
 
 from collections.abc import Callable
 from dataclasses import dataclass
+import hashlib
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -114,6 +115,14 @@ class View:
     def rate(self) -> float:
         """Share of wrong labels in the view."""
         return self.wrong / max(1, len(self.ids))
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the samples and of all labels: tells whether a run goes on with the view that it began with."""
+        digest = hashlib.sha256(len(self.ids).to_bytes(8, "little"))
+        for column in (self.ids, self.label):
+            digest.update(np.ascontiguousarray(column, "<i8").tobytes())
+        return digest.hexdigest()
 
     def summary(self) -> dict[str, Any]:
         """The same as numbers, for a file of the run."""

@@ -34,7 +34,22 @@ from rlp.runlog import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-SHARED = ("__init__", "harness", "stale", "loss_cases", "loss_contenders", "loss_plot", "loss_tables")
+SHARED = (
+    "__init__",
+    "harness",
+    "stale",
+    "loss_cases",
+    "loss_contenders",
+    "loss_plot",
+    "loss_tables",
+    "loader_cases",
+    "loader_checks",
+    "loader_contenders",
+    "loader_plot",
+    "loader_process",
+    "loader_sets",
+    "loader_tables",
+)
 """Modules of this folder that are no benchmarks."""
 
 

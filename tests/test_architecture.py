@@ -38,18 +38,22 @@ FACADE = "rlp"  # the package's own file gathers the public names
 
 # Heavy or rare packages -> the only places that may import them, anywhere in their text.
 KEEPERS = {
-    "ffcv": ("rlp.data.ffcv_loader", "data_prep"),
+    "ffcv": ("benchmarks",),  # the loaders use its library alone
+    "numba": ("rlp.data.compiled", "rlp.data.decode"),
     "triton": ("rlp.kernels",),
     "fastargs": ("rlp.config",),
     "timm": ("rlp.models.backbone",),
-    "torchvision": ("rlp.models.backbone",),
+    "torchvision": ("rlp.models.backbone", "benchmarks"),
     "matplotlib": ("rlp.report", "benchmarks"),
     "tensorboard": ("rlp.runlog",),
-    "cv2": ("data_prep",),
+    "cv2": ("benchmarks",),
 }
 # Packages that `import rlp` and its rooms must do without, and the modules that exist for one of them.
-BLOCKED = ("ffcv", "triton", "fastargs", "timm", "torchvision", "matplotlib", "tensorboard", "yaml", "cv2")
+BLOCKED = ("ffcv", "numba", "triton", "fastargs", "timm", "torchvision", "matplotlib", "tensorboard", "yaml", "cv2")
 BOUND = (
+    "rlp.data.compiled",
+    "rlp.data.decode",
+    "rlp.data.native",
     "rlp.data.ffcv_loader",
     "rlp.config_files",
     "rlp.kernels.triton_math",

@@ -43,8 +43,8 @@ def record_duplicates(
 
     Args:
         path: the .beton, or the name of a sharded set.
-        distance: bits of 64 in which each of the two hashes of duplicates may differ (default 6), or with embeddings 1 - cosine
-            (default 0.02).
+        distance: bits of 64 in which each of the two hashes of duplicates may differ (default 6), or with embeddings
+            1 - cosine (default 0.02).
         embeddings: .npy of float [N, D], one row for each sample; None to hash the images.
         progress: show a bar on a terminal.
 
@@ -102,7 +102,8 @@ def image_hashes(beton: Beton, progress: bool = False) -> np.ndarray:
 def near_hashes(hashes: np.ndarray, distance: int) -> np.ndarray:
     """Rows both of whose hashes (uint64 [N, 2]) differ from those of an earlier row in at most ``distance`` bits each.
 
-    Sorted int64. Two such hashes agree in at least one of ``distance + 1`` bands of bits: only rows that agree in one are compared.
+    Sorted int64. Two such hashes agree in at least one of ``distance + 1`` bands of bits: only rows that agree in one
+    are compared.
     """
     dropped = np.zeros(len(hashes), bool)
     for band in np.array_split(np.arange(HASH_BITS, dtype=np.uint64), min(distance + 1, HASH_BITS)):

@@ -119,6 +119,51 @@ def test_resident_images_are_the_same_without_numba(
     assert_equal(list(open_train(path, kind="resident", geometry=geometry).epoch(2)), compiled)
 
 
+def parts_of(path: Path, kind: str, size: int, epoch: int, start: int = 0, **options: Any) -> list[Batch]:
+    """The batches of ``size`` ranks put together again."""
+    ranks = [
+        open_train(path, kind=kind, world=World(rank, size), **options).epoch(epoch, start) for rank in range(size)
+    ]
+    whole = []
+    for parts in zip(*ranks, strict=True):
+        columns = [torch.cat(column) for column in zip(*parts, strict=True)]
+        columns[0] = columns[0].contiguous(memory_format=torch.channels_last)
+        whole.append(Batch(*columns))
+    return whole
+
+
+@pytest.mark.parametrize("kind", ["resident", "ffcv"])
+@pytest.mark.parametrize("jpeg", [False, True])
+def test_workers_ranks_and_a_resume_change_nothing(tmp_path: Path, kind: str, jpeg: bool) -> None:
+    pytest.importorskip("ffcv")
+    path = write_set(tmp_path / "a.beton", random_images(50, 16, 24), jpeg=jpeg)
+    size = 0 if kind == "resident" else 12
+    options = {"geometry": Geometry(True, 3, size), "batch_size": 12, "view": ViewOptions(label_noise=0.3)}
+    expected = list(open_train(path, kind=kind, workers=1, **options).epoch(7))
+    assert len(expected) == 4
+    for workers in (2, 3):
+        assert_equal(list(open_train(path, kind=kind, workers=workers, **options).epoch(7)), expected)
+    for ranks in (2, 3):
+        assert_equal(parts_of(path, kind, ranks, 7, **options), expected)
+        assert_equal(parts_of(path, kind, ranks, 7, start=2, **options), expected[2:])
+    for start in range(4):
+        assert_equal(list(open_train(path, kind=kind, **options).epoch(7, start)), expected[start:])
+
+
+@pytest.mark.parametrize("kind", ["resident", "ffcv"])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_evaluation_counts_every_sample_once(path: Path, kind: str, ranks: int) -> None:
+    if kind == "ffcv":
+        pytest.importorskip("ffcv")
+    seen: list[int] = []
+    for rank in range(ranks):
+        loader = open_train(path, kind=kind, train=False, world=World(rank, ranks))
+        batches = list(loader.epoch(0))
+        assert len(batches) == loader.steps
+        seen += [sample for batch in batches for sample in batch.index.tolist()]
+    assert sorted(seen) == list(range(37))
+
+
 def test_evaluation_moves_nothing(path: Path) -> None:
     moved = open_train(path, train=False, geometry=Geometry(flip=True, crop_padding=2))
     assert_equal(list(moved.epoch(0)), list(open_train(path, train=False).epoch(0)))

@@ -1,5 +1,6 @@
 """python -m rlp.data: what the tools print is true of the set, and what is wrong with a set is seen."""
 
+import errno
 from pathlib import Path
 import re
 import subprocess
@@ -15,7 +16,7 @@ from small_sets import change_card, random_images, write_set, write_shards
 from rlp.data import bench as bench_module
 from rlp.data import verify as verify_module
 from rlp.data.__main__ import main
-from rlp.data.beton import Beton, card_path
+from rlp.data.beton import Beton, Card, card_path
 from rlp.data.contact_sheet import BAR, PAPER, SIDE, Grid, chosen_rows, thumbnail, write_contact_sheet
 from rlp.data.inspect_set import (
     class_lines,
@@ -359,6 +360,17 @@ def test_an_interrupt_is_status_130(
     monkeypatch.setattr(verify_module, "verify", interrupted)
     assert main(["verify", str(small_set)]) == 130
     assert capsys.readouterr().err == "stopped\n"
+
+
+def test_a_full_disk_is_one_sentence(
+    small_set: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Card, "write", full)
+    error = error_of(capsys, "duplicates", small_set)
+    assert f"error: duplicates of {small_set} failed: [Errno {errno.ENOSPC}] No space left on device\n" in error
 
 
 def test_a_missing_package_is_named(

@@ -36,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except BrokenPipeError:  # `| head` has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 128 + signal.SIGPIPE
+        except OSError as error:  # a full disk, a folder that may not be written
+            raise UserError(f"{arguments.command} of {arguments.file} failed: {error}") from error
 
 
 def inspect(arguments: argparse.Namespace) -> int:

@@ -16,6 +16,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 import os
 from pathlib import Path
+import signal
 import sys
 import tempfile
 import time
@@ -57,7 +58,7 @@ class Plan:
 
     small: int = 50_000
     large: int = 2_048
-    rounds: int = 5
+    rounds: int = 3
     cold_rounds: int = 2
     turn_seconds: float = 0.5
     starts: int = 2
@@ -282,6 +283,7 @@ def report(rows: Sequence[Row], device: torch.device, settings: Row, out: Path) 
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the temporary folder goes
     try:
         main()
     except UserError as error:

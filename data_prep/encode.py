@@ -17,12 +17,24 @@ LARGEST_SIDE = 65535  # the format keeps sides in 16 bits
 _CONVERTIBLE = ("1", "L", "LA", "P", "PA", "RGBA", "CMYK", "YCbCr")
 
 
+class ByteRange(NamedTuple):
+    """An image file inside another file: ``size`` bytes from byte ``offset`` on."""
+
+    path: Path
+    offset: int
+    size: int
+
+
+Content = np.ndarray | bytes | Path | ByteRange
+"""Pixels (uint8 [H, W] or [H, W, 3]), or an image file: its bytes, its path, or its place inside another file."""
+
+
 class Sample(NamedTuple):
-    """One image to write: its name, its class, and its pixels (uint8 [H, W] or [H, W, 3]) or its file."""
+    """One image to write: its name, its class, and its content."""
 
     name: str
     label: int
-    content: np.ndarray | Path
+    content: Content
 
 
 @dataclass(frozen=True)
@@ -103,12 +115,19 @@ def encode_chunk(samples: list[Sample], options: ImageOptions, stopped: Callable
 
 
 def _read(sample: Sample) -> np.ndarray | bytes:
-    if isinstance(sample.content, np.ndarray):
-        return sample.content
+    content = sample.content
+    if isinstance(content, np.ndarray | bytes):
+        return content
+    path, offset, size = content if isinstance(content, ByteRange) else (content, 0, -1)
     try:
-        return sample.content.read_bytes()
+        with open(path, "rb") as file:
+            file.seek(offset)
+            found = file.read(size)
     except OSError as error:
-        raise UserError(f"{sample.content} cannot be read: {error.strerror or error}") from None
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    if len(found) < size:
+        raise UserError(f"{sample.name} cannot be read: {path} ends before byte {offset + size}")
+    return found
 
 
 def _digest(sample: Sample, content: np.ndarray | bytes) -> bytes:

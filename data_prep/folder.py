@@ -1,6 +1,6 @@
 """Folders of images: one folder per class, in train/ and val/ (or test/), or in one folder that is split."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 import hashlib
 from pathlib import Path
 import re
@@ -14,6 +14,8 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", "
 TRAIN = "train"
 VALIDATION = ("val", "test")
 """Names of the folder of the validation split; the first that is there is taken."""
+NAMES = ("LOC_synset_mapping.txt", "synset_words.txt", "classes.txt")
+"""Files beside the folders that may say what the classes are called, as ImageNet's do; the first is taken."""
 
 ClassFiles = dict[str, list[Path]]
 
@@ -50,9 +52,10 @@ def list_classes(folder: Path) -> ClassFiles:
     """
     classes = {}
     for entry in _entries(folder):
-        if not entry.is_dir():
+        if entry.is_dir():
+            classes[entry.name] = _images(entry)
+        elif entry.name not in NAMES:
             raise UserError(f"{entry} is a file where folders of classes were expected")
-        classes[entry.name] = _images(entry)
     if not classes:
         raise UserError(f"{folder} is empty; expected one folder of images per class")
     return classes
@@ -77,6 +80,38 @@ def _entries(folder: Path) -> Iterator[Path]:
     return iter(sorted(entries, key=lambda entry: natural_key(entry.name)))
 
 
+def find_names(root: Path) -> Path | None:
+    """The file of :data:`NAMES` in a folder, None if there is none."""
+    return next((root / name for name in NAMES if (root / name).is_file()), None)
+
+
+def read_names(file: Path, folders: Iterable[str]) -> tuple[str, ...]:
+    """What a file of lines ``n01440764 tench, Tinca tinca`` calls each folder: the whole line, so that classes of one
+    name (ImageNet has two cranes) stay apart.
+
+    Raises:
+        UserError: the file is not text, or has no line for a folder.
+    """
+    lines = [" ".join(line.split()) for line in read_text(file).splitlines() if line.strip()]
+    names = {line.split()[0]: line for line in lines} | {line: line for line in lines}
+    found = []
+    for folder in folders:
+        if folder not in names:
+            raise UserError(f"{file} has no line for the class '{folder}'; expected lines like '{folder} its name'")
+        found.append(names[folder])
+    return tuple(found)
+
+
+def read_text(file: Path) -> str:
+    """A small UTF-8 file, whole."""
+    try:
+        return file.read_text("utf-8")
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{file} is not text in UTF-8") from None
+
+
 def to_samples(classes: ClassFiles, numbers: dict[str, int], root: Path) -> Samples:
     """All files as samples, class after class, named relative to ``root``."""
     files = [file for listed in classes.values() for file in listed]
@@ -84,16 +119,24 @@ def to_samples(classes: ClassFiles, numbers: dict[str, int], root: Path) -> Samp
     return Samples([file.relative_to(root).as_posix() for file in files], np.array(labels, np.int64), files)
 
 
-def listing_hash(root: Path, *splits: Samples) -> str:
-    """Hash of names, sizes and times of change of all files: tells a changed source without reading it."""
-    digest = hashlib.sha256()
+def listing_hash(root: Path, *splits: Samples, names: Path | None = None) -> str:
+    """:func:`files_hash` of all images with their labels, and of the file with the names of the classes."""
+    files = []
     for samples in splits:
-        for file, label in zip(samples.contents, samples.labels, strict=True):
-            try:
-                status = Path(file).stat()
-            except OSError as error:
-                raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
-            name = Path(file).relative_to(root).as_posix()
-            line = f"{name!r} {label} {status.st_size} {status.st_mtime_ns}\n"
-            digest.update(line.encode("utf-8", "backslashreplace"))
+        for _, label, file in samples.rows(0, len(samples)):
+            assert isinstance(file, Path)
+            files.append((f"{file.relative_to(root).as_posix()!r} {label}", file))
+    return files_hash([*files, *([(names.name, names)] if names else [])])
+
+
+def files_hash(files: Iterable[tuple[str, Path]]) -> str:
+    """Hash of texts and the sizes and times of change of their files: tells a changed source without reading it."""
+    digest = hashlib.sha256()
+    for text, file in files:
+        try:
+            status = file.stat()
+        except OSError as error:
+            raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
+        line = f"{text} {status.st_size} {status.st_mtime_ns}\n"
+        digest.update(line.encode("utf-8", "backslashreplace"))
     return digest.hexdigest()

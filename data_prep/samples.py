@@ -1,13 +1,37 @@
 """Lists of images before they are read: names, labels, and pixels in memory or files on disk."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from data_prep.encode import Sample
+from data_prep.encode import ByteRange, Sample
+from rlp.errors import UserError
 from rlp.philox import random_bits
+
+
+@dataclass(frozen=True)
+class OnDemand:
+    """Image files inside an archive or a table, read by this process one at a time when they are written.
+
+    Attributes:
+        read: the image file of a row of the whole archive; rows are mostly asked for in rising order.
+        rows: which of them these are, int64 [N].
+    """
+
+    read: Callable[[int], bytes]
+    rows: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> bytes:
+        return self.read(int(self.rows[row]))
+
+    def take(self, rows: np.ndarray) -> "OnDemand":
+        """Those of the given rows, still unread."""
+        return OnDemand(self.read, self.rows[rows])
 
 
 @dataclass(frozen=True)
@@ -17,12 +41,12 @@ class Samples:
     Attributes:
         names: what errors and the fingerprint call each image.
         labels: class of each image, int64 [N].
-        contents: pixels uint8 [N, H, W] or [N, H, W, 3], or one path per image.
+        contents: pixels uint8 [N, H, W] or [N, H, W, 3], or the places of the image files, unread.
     """
 
     names: Sequence[str]
     labels: np.ndarray
-    contents: np.ndarray | Sequence[Path]
+    contents: np.ndarray | OnDemand | Sequence[Path | ByteRange]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -36,8 +60,29 @@ class Samples:
     def take(self, rows: np.ndarray) -> "Samples":
         """The samples of the given rows, in their order."""
         contents = self.contents
-        picked = contents[rows] if isinstance(contents, np.ndarray) else [contents[int(i)] for i in rows]
+        if isinstance(contents, np.ndarray):
+            picked = contents[rows]
+        elif isinstance(contents, OnDemand):
+            picked = contents.take(rows)
+        else:
+            picked = [contents[int(i)] for i in rows]
         return Samples([self.names[int(i)] for i in rows], self.labels[rows], picked)
+
+
+def name_classes(names: Sequence[str] | None, *splits: Samples) -> tuple[str, ...]:
+    """The classes' names: those given, or else the numbers from 0 to the highest label.
+
+    Raises:
+        UserError: a label is below 0 or has no name, or numbers leave out so many that most classes would be empty.
+    """
+    count = len(names) if names is not None else max(len(samples) for samples in splits)
+    for samples in splits:
+        for row in np.flatnonzero((samples.labels < 0) | (samples.labels >= count))[:1]:
+            named = f"from 0 to {count - 1}" if names is not None else f"from 0, below the number of images, {count}"
+            raise UserError(f"{samples.names[row]} has the label {samples.labels[row]}; expected one {named}")
+    if names is not None:
+        return tuple(names)
+    return tuple(str(number) for number in range(1 + max(int(samples.labels.max(initial=-1)) for samples in splits)))
 
 
 def rank_in_class(labels: np.ndarray, seed: int, stream: str) -> np.ndarray:

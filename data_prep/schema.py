@@ -17,10 +17,23 @@ _SEED = between(0, 2**63 - 1)
 class SourceConfig(Section, name="source"):
     """Where the images come from."""
 
-    kind: Literal["digits", "cifar10", "cifar100", "folder", "npz"] = key(
-        "digits", "scikit-learn's digits, CIFAR in its published Python format, image folders, or NumPy arrays"
+    kind: Literal["digits", "cifar10", "cifar100", "tiny-imagenet", "folder", "npz", "parquet", "webdataset"] = key(
+        "digits",
+        "scikit-learn's digits, CIFAR or Tiny ImageNet as published, image folders, NumPy arrays, parquet files as "
+        "Hugging Face has them, or WebDataset's tars",
     )
-    path: str | None = key(None, "archive, folder or file of the source; null for digits", not_empty)
+    path: str | None = key(
+        None, "archive, folder or file; for parquet and webdataset also a pattern of files; null for digits", not_empty
+    )
+    image_column: str | None = key(
+        None, "parquet: column of encoded images; null for the first of image and img that is there", not_empty
+    )
+    label_column: str | None = key(
+        None,
+        "parquet: column of labels, webdataset: key in JSON members; null for the first of label, labels, fine_label "
+        "and target that is there",
+        not_empty,
+    )
     val_fraction: float = key(0.2, "share of every class to hold out where the source has no validation set", _PART)
     split_seed: int = key(0, "seed of what is held out, and of source.limit's choice", _SEED)
     convert_rgb: bool = key(False, "turn grey, palette, CMYK and transparent images into RGB instead of stopping")
@@ -29,7 +42,11 @@ class SourceConfig(Section, name="source"):
     )
 
     def check(self) -> None:
-        """A path where one is needed."""
+        """A path where one is needed, and no column where there are none."""
+        if self.image_column is not None and self.kind != "parquet":
+            raise UserError(f"source.image_column is '{self.image_column}', but source.kind {self.kind} has no columns")
+        if self.label_column is not None and self.kind not in ("parquet", "webdataset"):
+            raise UserError(f"source.label_column is '{self.label_column}', but source.kind {self.kind} has no columns")
         if self.kind == "digits" and self.path is not None:
             raise UserError(f"source.path is '{self.path}'; expected null, for source.kind digits needs none")
         if self.kind != "digits" and self.path is None:

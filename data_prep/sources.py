@@ -8,10 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.cifar import read_cifar
-from data_prep.folder import find_splits, list_classes, listing_hash, to_samples
+from data_prep.folder import files_hash, find_names, find_splits, list_classes, listing_hash, read_names, to_samples
 from data_prep.npz import read_npz
-from data_prep.samples import Samples, hold_out, limited
+from data_prep.parquet import read_parquet
+from data_prep.samples import Samples, hold_out, limited, name_classes
 from data_prep.schema import SourceConfig
+from data_prep.tiny_imagenet import read_tiny_imagenet
+from data_prep.webdataset import read_webdataset
 from rlp.errors import UserError
 
 
@@ -91,8 +94,7 @@ def _read_folder(config: SourceConfig) -> Source:
     root = _path(config)
     train_folder, val_folder = find_splits(root)
     listed = list_classes(train_folder)
-    classes = tuple(listed)
-    numbers = {name: number for number, name in enumerate(classes)}
+    numbers = {name: number for number, name in enumerate(listed)}
     samples = to_samples(listed, numbers, root)
     if val_folder is None:
         train, val = hold_out(samples, config.val_fraction, config.split_seed)
@@ -103,7 +105,9 @@ def _read_folder(config: SourceConfig) -> Source:
         if odd := [name for name in numbers if name not in held]:
             raise UserError(f"class '{odd[0]}' is in {train_folder} but not in {val_folder}")
         train, val = samples, to_samples(held, numbers, root)
-    return Source("folder", root.absolute().name, classes, train, val, listing_hash(root, train, val))
+    names = find_names(root)
+    classes = read_names(names, listed) if names else tuple(listed)
+    return Source("folder", root.absolute().name, classes, train, val, listing_hash(root, train, val, names=names))
 
 
 def _read_npz(config: SourceConfig) -> Source:
@@ -114,12 +118,38 @@ def _read_npz(config: SourceConfig) -> Source:
     return Source("npz", path.name, classes, train, val, _array_hash(train, val))
 
 
+def _read_tiny_imagenet(config: SourceConfig) -> Source:
+    return _from_files(config, *read_tiny_imagenet(_path(config)))
+
+
+def _read_parquet(config: SourceConfig) -> Source:
+    return _from_files(config, *read_parquet(_path(config), config.image_column, config.label_column))
+
+
+def _read_webdataset(config: SourceConfig) -> Source:
+    return _from_files(config, *read_webdataset(_path(config), config.label_column))
+
+
+def _from_files(
+    config: SourceConfig, names: list[str] | None, train: Samples, val: Samples | None, files: list[Path]
+) -> Source:
+    """The source that a reader of files found, split where it has no validation set."""
+    classes = name_classes(names, *(samples for samples in (train, val) if samples is not None))
+    if val is None:
+        train, val = hold_out(train, config.val_fraction, config.split_seed)
+    listing = files_hash((repr(file.name), file) for file in files)
+    return Source(config.kind, _path(config).absolute().name, classes, train, val, listing)
+
+
 READERS: dict[str, Callable[[SourceConfig], Source]] = {
     "digits": _read_digits,
     "cifar10": _read_cifar,
     "cifar100": _read_cifar,
     "folder": _read_folder,
     "npz": _read_npz,
+    "tiny-imagenet": _read_tiny_imagenet,
+    "parquet": _read_parquet,
+    "webdataset": _read_webdataset,
 }
 
 

@@ -44,8 +44,8 @@ def find_splits(root: Path) -> tuple[Path, Path | None]:
     )
 
 
-def list_classes(folder: Path) -> ClassFiles:
-    """Image files by class folder, both in natural order.
+def list_classes(folder: Path, names: Path | None = None) -> ClassFiles:
+    """Image files by class folder, both in natural order; ``names`` is a file that may be among the folders.
 
     Raises:
         UserError: no classes, a class without images, or something else than an image where images belong.
@@ -54,7 +54,7 @@ def list_classes(folder: Path) -> ClassFiles:
     for entry in _entries(folder):
         if entry.is_dir():
             classes[entry.name] = _images(entry)
-        elif entry.name not in NAMES:
+        elif entry != names:
             raise UserError(f"{entry} is a file where folders of classes were expected")
     if not classes:
         raise UserError(f"{folder} is empty; expected one folder of images per class")

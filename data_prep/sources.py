@@ -93,7 +93,8 @@ def _read_cifar(config: SourceConfig) -> Source:
 def _read_folder(config: SourceConfig) -> Source:
     root = _path(config)
     train_folder, val_folder = find_splits(root)
-    listed = list_classes(train_folder)
+    names = find_names(root)
+    listed = list_classes(train_folder, names)
     numbers = {name: number for number, name in enumerate(listed)}
     samples = to_samples(listed, numbers, root)
     if val_folder is None:
@@ -105,7 +106,6 @@ def _read_folder(config: SourceConfig) -> Source:
         if odd := [name for name in numbers if name not in held]:
             raise UserError(f"class '{odd[0]}' is in {train_folder} but not in {val_folder}")
         train, val = samples, to_samples(held, numbers, root)
-    names = find_names(root)
     classes = read_names(names, listed) if names else tuple(listed)
     return Source("folder", root.absolute().name, classes, train, val, listing_hash(root, train, val, names=names))
 

@@ -12,6 +12,7 @@ import re
 import tarfile
 
 import numpy as np
+from tqdm import tqdm
 
 from data_prep.encode import ByteRange
 from data_prep.folder import SUFFIXES, read_text
@@ -65,7 +66,7 @@ class _Entry:
 
 def _samples(shards: list[Path], label_column: str | None) -> Samples:
     names, labels, images = [], [], []
-    for shard in shards:
+    for shard in tqdm(shards, desc="headers", unit=" tars", leave=False, disable=None):
         for key, entry in _entries(shard).items():
             name = f"{shard.name}/{key}"
             if len(entry.images) != 1:

@@ -210,6 +210,14 @@ def opened_folder(root: Path) -> Source:
     return opened("folder", root, val_fraction=0.5)
 
 
+def test_a_file_of_names_that_would_not_be_used_is_refused(tmp_path: Path) -> None:
+    root = make_folder(tmp_path, {f"{part}/a/{i}.jpg": encoded(0) for part in ("train", "val") for i in (0, 1)})
+    (root / "train" / "classes.txt").write_text("a\n")
+    assert opened_folder(root / "train").classes == ("a",)
+    with pytest.raises(UserError, match=r"train/classes\.txt is a file where folders of classes were expected"):
+        opened_folder(root)
+
+
 def test_a_list_of_folder_names_may_have_blanks(tmp_path: Path) -> None:
     names = ["golden", "golden retriever", "tench"]
     root = make_folder(tmp_path, {f"{part}/{name}/0.jpg": encoded(0) for part in ("train", "val") for name in names})

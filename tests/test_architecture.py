@@ -47,9 +47,22 @@ KEEPERS = {
     "matplotlib": ("rlp.report", "benchmarks"),
     "tensorboard": ("rlp.runlog",),
     "cv2": ("benchmarks",),
+    "pyarrow": ("data_prep.parquet",),
 }
 # Packages that `import rlp` and its rooms must do without, and the modules that exist for one of them.
-BLOCKED = ("ffcv", "numba", "triton", "fastargs", "timm", "torchvision", "matplotlib", "tensorboard", "yaml", "cv2")
+BLOCKED = (
+    "ffcv",
+    "pyarrow",
+    "numba",
+    "triton",
+    "fastargs",
+    "timm",
+    "torchvision",
+    "matplotlib",
+    "tensorboard",
+    "yaml",
+    "cv2",
+)
 BOUND = (
     "rlp.data.compiled",
     "rlp.data.decode",

@@ -19,19 +19,25 @@ HASH_SIDE = 8
 HASH_BITS = HASH_SIDE * HASH_SIDE
 _BLOCK = 2048  # embeddings compared at once with all before them
 _PAIRS = 1 << 22  # pairs of hashes compared at once
+_ROUNDING = 1e-6  # of a cosine in float32: equal embeddings are duplicates also at distance 0
 
 
 def dropped_samples(beton: Beton) -> np.ndarray:
     """Ids of the samples that the card lists as near-duplicates of an earlier one, int64.
 
     Raises:
-        UserError: the card has no list.
+        UserError: the card has no list, or that of another file.
     """
     found = beton.card.duplicates
     if "dropped" not in found:
         raise UserError(
             f"data.drop_duplicates is true, but the card of {beton.path} lists no near-duplicates; "
             f"run python -m rlp.data duplicates {beton.path} first"
+        )
+    if found.get("sha256", beton.card.sha256) != beton.card.sha256:
+        raise UserError(
+            f"data.drop_duplicates is true, but the near-duplicates in the card of {beton.path} are those of another "
+            f"file; run python -m rlp.data duplicates {beton.path} again"
         )
     return np.array(found["dropped"], np.int64)
 
@@ -49,7 +55,7 @@ def record_duplicates(
         progress: show a bar on a terminal.
 
     Raises:
-        UserError: the set is damaged, the embeddings do not fit, or the distance is out of range.
+        UserError: the set is damaged or changes meanwhile, the embeddings do not fit, or the distance is out of range.
     """
     beton = Beton.open(path)
     limit = 1.0 if embeddings is not None else HASH_BITS - 1
@@ -57,12 +63,17 @@ def record_duplicates(
     if not 0 <= distance <= limit:
         raise UserError(f"--distance is {distance}; expected a number from 0 to {limit}")
     if embeddings is None:
-        dropped = near_hashes(image_hashes(beton, progress), int(distance))
+        if distance != int(distance):
+            raise UserError(f"--distance is {distance}; expected a whole number of bits, or --embeddings")
+        distance = int(distance)
+        dropped = near_hashes(image_hashes(beton, progress), distance)
         method = f"two difference hashes of {HASH_BITS} bits"
     else:
         dropped = near_embeddings(_read_embeddings(embeddings, beton), distance, progress)
         method = "cosine of embeddings"
-    found = {"method": method, "distance": distance, "dropped": beton.index[dropped].tolist()}
+    dropped_ids = beton.index[dropped].tolist()
+    found = {"method": method, "distance": distance, "sha256": beton.card.sha256, "dropped": dropped_ids}
+    beton.check_unchanged()
     card = replace(beton.card, duplicates=found)
     card.write(beton.path)
     return card
@@ -103,15 +114,23 @@ def near_hashes(hashes: np.ndarray, distance: int) -> np.ndarray:
     """Rows both of whose hashes (uint64 [N, 2]) differ from those of an earlier row in at most ``distance`` bits each.
 
     Sorted int64. Two such hashes agree in at least one of ``distance + 1`` bands of bits: only rows that agree in one
-    are compared.
+    are compared. Of rows with equal hashes only the first is: what is near the others is near it too. Many plain
+    images share one hash, and would make as many pairs as the square of their number.
     """
+    dropped = np.ones(len(hashes), bool)
+    first = np.sort(np.unique(hashes, axis=0, return_index=True)[1])
+    dropped[first] = _near_distinct(hashes[first], distance)
+    return np.flatnonzero(dropped)
+
+
+def _near_distinct(hashes: np.ndarray, distance: int) -> np.ndarray:
     dropped = np.zeros(len(hashes), bool)
     for band in np.array_split(np.arange(HASH_BITS, dtype=np.uint64), min(distance + 1, HASH_BITS)):
         mask = np.bitwise_or.reduce(np.uint64(1) << band)
         for earlier, later in _pairs(hashes[:, 0] & mask):
             near = (np.bitwise_count(hashes[earlier] ^ hashes[later]) <= distance).all(1)
             dropped[later[near]] = True
-    return np.flatnonzero(dropped)
+    return dropped
 
 
 def _pairs(keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -136,13 +155,15 @@ def near_embeddings(embeddings: np.ndarray, distance: float, progress: bool = Fa
     from tqdm import tqdm
 
     unit = np.asarray(embeddings, np.float32)
+    if odd := np.flatnonzero(~np.isfinite(unit).all(1)).tolist():
+        raise UserError(f"row {odd[0]} of the embeddings is not finite; expected finite numbers for every sample")
     unit = unit / np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-12)
     dropped = np.zeros(len(unit), bool)
     blocks: Any = range(0, len(unit), _BLOCK)
     for start in tqdm(blocks, desc="embeddings", unit=" blocks", disable=None if progress else True):
         rows = slice(start, start + _BLOCK)
         for other in range(0, start + 1, _BLOCK):
-            near = unit[rows] @ unit[other : other + _BLOCK].T >= 1 - distance
+            near = unit[rows] @ unit[other : other + _BLOCK].T >= 1 - distance - _ROUNDING
             if other == start:
                 near = np.tril(near, -1)
             dropped[rows] |= near.any(1)

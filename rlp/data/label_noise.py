@@ -8,7 +8,7 @@ import numpy as np
 
 from rlp.data.beton import Beton
 from rlp.errors import UserError
-from rlp.labels import WORD_RANGE, noisy_labels
+from rlp.labels import WORD_RANGE, named_word, noisy_labels
 
 NoiseKind = Literal["symmetric", "pair", "asymmetric"]
 
@@ -30,22 +30,27 @@ lawn_mower rocket streetcar tank tractor
 
 
 def given_labels(beton: Beton, rate: float, kind: NoiseKind) -> np.ndarray:
-    """Labels of all rows, wrong with probability ``rate`` by the words that the set carries; int64 [N].
+    """Labels of all rows, wrong with probability ``rate`` by the named words of the set; int64 [N].
 
     ``symmetric``: any other class, all equally likely. ``pair``: class c becomes c + 1 (the last one the first).
     ``asymmetric``: similar classes of CIFAR-10 or CIFAR-100, known by the names of the classes; a class that resembles
     none keeps its label, so that fewer than ``rate`` of all labels are wrong.
     """
-    classes = len(beton.card.classes)
-    noise = beton.named("noise")
+    card, classes = beton.card, len(beton.card.classes)
+    if classes < 2:
+        raise UserError(f"data.label_noise is {rate}, but {beton.path} has one class; expected at least two")
+    # The stored words are these; computing them spares reading every sample's page of a large file.
+    noise = named_word(card.words_seed, beton.index, "noise", card.split)
     if kind == "symmetric":
-        return noisy_labels(beton.label, noise, beton.named("noise_class"), rate, classes)
+        noise_class = named_word(card.words_seed, beton.index, "noise_class", card.split)
+        return noisy_labels(beton.label, noise, noise_class, rate, classes)
     target = np.roll(np.arange(classes), -1) if kind == "pair" else _asymmetric_targets(beton)
     return np.where(noise < round(rate * WORD_RANGE), target[beton.label], beton.label)
 
 
 def _asymmetric_targets(beton: Beton) -> np.ndarray:
-    names = list(beton.card.classes)
+    # "cra" is how Hugging Face's CIFAR-100 spells it.
+    names = ["crab" if name == "cra" else name for name in beton.card.classes]
     mistaken = dict(CIFAR10_MAP)
     if "airplane" not in names:
         groups = [group.split() for group in CIFAR100_SUPERCLASSES.split(";")]
@@ -144,7 +149,7 @@ def _pt(path: Path) -> dict[str, np.ndarray]:
 
 
 def _csv(path: Path) -> dict[str, np.ndarray]:
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:
         lines = [line for line in csv.reader(file) if line]
     if not lines:
         return {}

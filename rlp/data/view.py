@@ -19,7 +19,7 @@ from rlp.data.beton import Beton
 from rlp.data.duplicates import dropped_samples
 from rlp.data.label_noise import NoiseKind, given_labels, labels_from_file
 from rlp.errors import UserError
-from rlp.labels import member_mask
+from rlp.labels import member_mask, named_word
 from rlp.philox import random_bits
 
 Members = Literal["members", "non-members"]
@@ -170,7 +170,8 @@ def _choices(beton: Beton, options: ViewOptions) -> list[tuple[str, Callable[[np
     if options.imbalance > 1:
         chosen.append((f"data.imbalance {options.imbalance}", lambda rows: _long_tail(beton, rows, options.imbalance)))
     if options.member_fraction < 1 or options.members == "non-members":
-        members = member_mask(beton.named("member"), options.member_fraction)
+        words = named_word(beton.card.words_seed, beton.index, "member", beton.card.split)
+        members = member_mask(words, options.member_fraction)
         side = members if options.members == "members" else ~members
         setting = f"data.member_fraction {options.member_fraction} ({options.members})"
         chosen.append((setting, lambda rows: rows[side[rows]]))

@@ -124,7 +124,8 @@ def _parser() -> argparse.ArgumentParser:
     part.add_argument("--kind", choices=kinds, default="all", help="which loader (default: all that can read the set)")
     command(merge, "write the card of a set from the cards of its shards")
     part = command(duplicates, "find near-duplicates once and list them in the card, for data.drop_duplicates")
-    part.add_argument("--distance", metavar="D", type=float, help="bits of 64 (default: 6), or with embeddings 1 - cosine (default: 0.02)")
+    distance = "bits of 64 (default: 6), or with embeddings 1 - cosine (default: 0.02)"
+    part.add_argument("--distance", metavar="D", type=float, help=distance)
     part.add_argument("--embeddings", metavar="F.npy", type=Path, help="float [N, D]; without it images are hashed")
     return parser
 

@@ -12,7 +12,7 @@ from rlp.data.augment import Augment
 from rlp.data.beton import Beton, Card
 from rlp.data.geometry import Geometry, fill_of
 from rlp.data.loader import Loader, open_loader
-from rlp.data.view import View, ViewOptions
+from rlp.data.view import View, ViewOptions, make_view
 from rlp.distributed import World
 from rlp.errors import UserError
 from rlp.models import RandomLabelHeads, attach, build_model
@@ -31,8 +31,12 @@ def build_data(config: TrainConfig, world: World) -> Data:
         raise UserError("train.amp is fp16, which needs a GPU; expected none or bf16 on the CPU")
     files = {"train": Beton.open(data.train), "val": Beton.open(data.val)}
     _check_cards(config, files["train"].card, files["val"].card)
-    train = _open(config, world, "train", train=True)
-    evaluation = {"train": _open(config, world, "train", train=False), "val": _open(config, world, "val", train=False)}
+    view = make_view(files["train"], _view_options(data))
+    train = _open(config, world, files["train"], view, train=True)
+    evaluation = {
+        "train": _open(config, world, files["train"], view, train=False),
+        "val": _open(config, world, files["val"], None, train=False),
+    }
     card = files["train"].card
     augment = Augment(
         mean=data.mean or card.mean,
@@ -42,8 +46,8 @@ def build_data(config: TrainConfig, world: World) -> Data:
         color_jitter=data.color_jitter,
         randaugment=data.randaugment,
     )
-    hashes = {**{split: beton.card.sha256 for split, beton in files.items()}, "view": train.view.sha256}
-    return Data(train, evaluation, augment, _class_floors(config, files["train"], train.view), hashes)
+    hashes = {**{split: beton.card.sha256 for split, beton in files.items()}, "view": view.sha256}
+    return Data(train, evaluation, augment, _class_floors(config, files["train"], view), hashes)
 
 
 def _check_cards(config: TrainConfig, train: Card, val: Card) -> None:
@@ -68,7 +72,7 @@ def _check_cards(config: TrainConfig, train: Card, val: Card) -> None:
         )
 
 
-def _open(config: TrainConfig, world: World, split: str, train: bool) -> Loader:
+def _open(config: TrainConfig, world: World, beton: Beton, view: View | None, train: bool) -> Loader:
     data = config.data
     geometry = Geometry(
         flip=data.flip,
@@ -80,12 +84,12 @@ def _open(config: TrainConfig, world: World, split: str, train: bool) -> Loader:
         fill=fill_of(data.mean) if data.mean else None,
     )
     return open_loader(
-        data.train if split == "train" else data.val,
+        beton,
         train=train,
         batch_size=data.batch_size if train else data.eval_batch_size or data.batch_size,
         seed=config.run.seed,
         world=world,
-        view=_view(data) if split == "train" else None,
+        view=view,
         geometry=geometry,
         kind=data.loader,
         resident_limit=int(data.resident_limit_gb * 2**30),
@@ -94,7 +98,7 @@ def _open(config: TrainConfig, world: World, split: str, train: bool) -> Loader:
     )
 
 
-def _view(data: DataConfig) -> ViewOptions:
+def _view_options(data: DataConfig) -> ViewOptions:
     return ViewOptions(**{field.name: getattr(data, field.name) for field in fields(ViewOptions)})
 
 

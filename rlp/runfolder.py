@@ -21,7 +21,7 @@ _EFFECTS = {
     "heads.memory_mb": "the rounding of the heads' losses",
 }
 _FREE_KEYS = {f"data.{key}" for key in ("train", "val", "loader", "workers", "resident_limit_gb", "verify")}
-_FREE_KEYS.add("data.eval_batch_size")
+_FREE_KEYS |= {"data.eval_batch_size", "data.label_file"}  # the labels themselves are compared
 
 
 def find_resume_point(run_dir: Path, resume: str | None, overwrite: bool) -> dict[str, Any] | None:

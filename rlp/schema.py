@@ -68,7 +68,7 @@ class DataConfig(Section, name="data"):
         "ffcv decodes batch by batch, resident keeps the set on the device; auto is resident where "
         "images of one size fit within data.resident_limit_gb",
     )
-    resident_limit_gb: float = key(4.0, "GiB of images that may lie on the device", at_least(0))
+    resident_limit_gb: float = key(4.0, "GiB of images and words that may lie on the device", at_least(0))
     workers: int = key(0, "threads that decode, on each rank; 0 shares the cores among the ranks", at_least(0))
     flip: bool = key(False, "mirror half of the training images")
     crop_padding: int = key(0, "pad by so many pixels and crop back at random; 0 for none", at_least(0))
@@ -91,7 +91,7 @@ class DataConfig(Section, name="data"):
     )
     fraction: float = key(1.0, "share of the training samples that is used at all", above(0), at_most(1))
     fraction_per_class: bool = key(False, "take data.fraction of each class")
-    imbalance: float = key(1.0, "long tail: samples of the largest class over those of the smallest", at_least(1))
+    imbalance: float = key(1.0, "long tail: what the first class may keep over what the last may", at_least(1))
     drop_duplicates: bool = key(
         False, "leave out near-duplicates, as `python -m rlp.data duplicates` has noted them in the card"
     )

@@ -2,7 +2,10 @@
 
 from importlib.util import find_spec
 import io
+import os
 from pathlib import Path
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -153,8 +156,39 @@ def test_raw_images_come_out_as_they_are(tmp_path: Path) -> None:
     assert np.array_equal(got.numpy(), np.stack(images))
 
 
-def test_the_compiled_code_is_kept_for_the_next_start() -> None:
-    from rlp.data import decode
+def test_the_constants_of_compiled_code_are_those_of_the_other_modules() -> None:
+    """They are written out there, because numba keeps compiled code until that file itself changes."""
+    from rlp.data import decode, format, native
+    from rlp.data.geometry import MOVES
+    from rlp.philox import stream_id
 
-    for function in (decode.decode_images, decode.gather_images, decode.read_words):
-        assert function.stats.cache_path
+    assert (decode.JPG, decode.PREFIX) == (format.JPG, native.PREFIX)
+    assert (stream_id("crop"), stream_id(MOVES)) == (decode.CROP_STREAM, decode.MOVE_STREAM)
+
+
+USE = """
+import sys
+import numpy as np
+sys.path.insert(0, sys.argv[1])
+from rlp.data import decode
+words = decode.philox(1, 2, 3, 4, np.uint64(5))
+print(*map(int, words), sum(decode.philox.stats.cache_hits.values()))
+"""
+
+
+def test_compiled_code_is_kept_and_torn_files_of_it_do_no_harm(tmp_path: Path) -> None:
+    def use() -> list[str]:
+        environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+        command = [sys.executable, "-c", USE, str(Path(__file__).resolve().parent.parent)]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
+        assert result.returncode == 0, result.stderr
+        return result.stdout.split()
+
+    *words, hits = use()
+    assert hits == "0"
+    assert use() == [*words, "1"]
+    for pattern, content in (("*.nbi", b""), ("*.nbc", b"torn")):
+        for file in tmp_path.rglob(pattern):
+            file.write_bytes(content)
+        assert use() == [*words, "0"]
+        assert use() == [*words, "1"]

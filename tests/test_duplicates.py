@@ -114,3 +114,11 @@ def test_what_does_not_fit_is_named(
     with pytest.raises(UserError, match=message):
         record_duplicates(path, distance, file)
     assert path.with_suffix(".json").read_bytes() == before
+
+
+def test_flat_images_are_no_duplicates_whatever_their_colour(tmp_path: Path) -> None:
+    """They have no structure to compare: blank pages, skies, digits that were lost."""
+    flat = [np.full((32, 32, 3), level, np.uint8) for level in (0, 0, 90, 255)]
+    flat += [np.broadcast_to(np.array(colour, np.uint8), (32, 32, 3)) for colour in ((255, 0, 0), (0, 0, 255))]
+    path = write_set(tmp_path / "a.beton", [*pictures(), *flat])
+    assert record_duplicates(path, distance=6).duplicates["dropped"] == [20, 21, 22]

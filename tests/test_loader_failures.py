@@ -1,6 +1,7 @@
 """What happens to a file, a process or a loop while a loader is at work: one clear error in seconds, never a hang."""
 
 from collections.abc import Callable, Iterator
+import gc
 import os
 from pathlib import Path
 import signal
@@ -15,8 +16,10 @@ import pytest
 from small_sets import random_images, write_card, write_set
 
 from rlp.data.batch import Loader
+from rlp.data.beton import Beton
 from rlp.data.geometry import Geometry
 from rlp.data.loader import open_loader
+from rlp.data.prefetch import Prefetcher
 from rlp.distributed import World
 from rlp.errors import UserError
 
@@ -73,7 +76,7 @@ def test_a_file_cut_between_the_check_and_the_reading_ends_no_process(
     loader = opened(path, "ffcv")
     monkeypatch.setattr("rlp.data.beton.Beton.check_unchanged", lambda self: None)
     os.truncate(path, 4096)
-    with pytest.raises(UserError, match=r"a\.beton became shorter while it was read"):
+    with pytest.raises(UserError, match=r"a\.beton was truncated while it was in use"):
         list(loader.epoch(0))
 
 
@@ -93,8 +96,6 @@ def test_a_warning_is_no_damage_if_the_bytes_are_those_written(tmp_path: Path) -
     content[end - 40 : end] = bytes(40)  # the last rows are lost
     path.write_bytes(content)
     images = random_images(12, 24, 24)
-    from rlp.data.beton import Beton
-
     damaged = Beton.open(path)
     with pytest.raises(UserError, match=r"a\.beton is damaged: the JPEG of sample 5 cannot be decoded"):
         list(opened(path, "ffcv", batch_size=12).epoch(0))
@@ -105,6 +106,90 @@ def test_a_warning_is_no_damage_if_the_bytes_are_those_written(tmp_path: Path) -
     loader._reader._layout = layout  # type: ignore[attr-defined]
     assert len(list(loader.epoch(0))) == 1
     write_card(path, images, 4, 3, "train", True)
+
+
+MARKERS = {"SOI": b"\xff\xd8", "DQT": b"\xff\xdb", "SOF": b"\xff\xc0", "DHT": b"\xff\xc4"}
+
+
+@pytest.mark.parametrize("marker", MARKERS)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_damaged_header_is_blamed_on_its_sample_and_on_no_later_one(tmp_path: Path, marker: str, seed: int) -> None:
+    """turbojpeg's decoder stays in the middle of a JPEG that it could not read."""
+    pytest.importorskip("ffcv")
+    path = write_set(tmp_path / "a.beton", random_images(40, 24, 24), jpeg=True)
+    record = Beton.open(path).layout[7]
+    content = bytearray(path.read_bytes())
+    start = int(record["image"])
+    at = content.index(MARKERS[marker], start)
+    content[at + 4 : at + 9] = b"\xff" * 5
+    if marker == "SOI":
+        content[at : at + 2] = b"\0\0"
+    path.write_bytes(content)
+    loader = opened(path, "ffcv", seed=seed, workers=1)
+    with pytest.raises(UserError, match=r"the JPEG of sample 7 cannot be decoded"):
+        list(loader.epoch(0))
+    reader = loader._reader  # type: ignore[attr-defined]
+    healthy = np.array([3, 8, 0, 12])
+    for _ in range(2):
+        images, _ = reader.batch(healthy, 0)
+        assert np.array_equal(images.numpy(), np.stack([Beton.open(path).image(row) for row in healthy]))
+
+
+@pytest.mark.parametrize("what", ["stray bytes", "version"])
+def test_a_warning_in_the_header_is_no_damage(tmp_path: Path, what: str) -> None:
+    pytest.importorskip("ffcv")
+    path = write_set(tmp_path / "a.beton", random_images(12, 24, 24), jpeg=True)
+    beton = Beton.open(path)
+    start, size = (int(beton.layout[5][name]) for name in ("image", "image_size"))
+    content = bytearray(path.read_bytes())
+    image = content[start : start + size]
+    if what == "version":
+        image[image.index(b"JFIF") + 5] = 9
+    else:  # in place of the end of the pixels, so that the size stays
+        at = image.index(b"\xff\xdb")
+        image = (image[:at] + b"\x12\x34" + image[at:])[:size]
+        image[-2:] = b"\xff\xd9"
+    content[start : start + size] = image
+    path.write_bytes(content)
+    loader = opened(path, "ffcv", batch_size=12)
+    with pytest.raises(UserError, match="sample 5"):  # its bytes are not those written
+        list(loader.epoch(0))
+    layout = beton.layout.copy()
+    layout["crc32"][5] = Beton.open(path).crc32(5)
+    loader._reader._layout = layout  # type: ignore[attr-defined]
+    assert len(list(loader.epoch(0))) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_closed_loader_says_so(path: Path, kind: str) -> None:
+    loader = opened(path, kind)
+    batches = loader.epoch(0)
+    next(batches)
+    loader.close()
+    loader.close()
+    for again in (batches, loader.epoch(0)):
+        with pytest.raises(RuntimeError, match=r"the loader of .*a\.beton was closed"):
+            list(again)
+
+
+def test_a_prefetcher_that_is_lost_takes_its_thread_along() -> None:
+    """As by Ctrl-C between its making and its use."""
+    lost = Prefetcher(lambda item: item, range(1000), ahead=1, name="lost")
+    assert next(lost) == 0
+    thread = lost._thread
+    del lost
+    gc.collect()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_a_file_cut_while_it_is_read_as_a_whole_is_an_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a resident set is; through a memory map it would be a signal that kills the interpreter."""
+    beton = Beton.open(path)
+    os.truncate(path, 4096)
+    for read in (beton.images, lambda: beton.words):
+        with pytest.raises(UserError, match=r"a\.beton was truncated while it was in use"):
+            read()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -162,7 +247,12 @@ def in_fork(work: Callable[[], None]) -> str:
 def test_a_loader_from_before_a_fork_says_so(path: Path, kind: str) -> None:
     loader = opened(path, kind)
     next(loader.epoch(0))
-    assert "was opened before a fork; open it in the child process" in in_fork(lambda: print(list(loader.epoch(0))))
+    half = loader.epoch(0)
+    next(half)
+    for batches in (loader.epoch(0), half):
+        said = in_fork(lambda batches=batches: print(list(batches)))
+        assert "was opened before a fork; open it in the child process" in said
+    assert len(list(half)) == 49
     assert len(list(loader.epoch(0))) == 50
 
 
@@ -200,13 +290,16 @@ import sys
 import numba.core.caching as caching
 def nowhere(cls, *_):
     return None
-for locator in caching.CacheImpl._locator_classes if hasattr(caching.CacheImpl, "_locator_classes") else []:
+assert caching.CacheImpl._locator_classes
+for locator in caching.CacheImpl._locator_classes:
     locator.from_function = classmethod(nowhere)
 from rlp.data.loader import open_loader
 from rlp.distributed import World
 for kind in sys.argv[2:]:
     loader = open_loader(sys.argv[1], train=True, batch_size=50, seed=0, world=World(), kind=kind)
     print(len(list(loader.epoch(0))))
+from rlp.data import decode
+assert not hasattr(decode.decode_images._cache, "_cache")  # nothing keeps it
 """
 
 

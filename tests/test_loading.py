@@ -20,6 +20,8 @@ from rlp.distributed import World
 from rlp.errors import UserError
 from rlp.labels import member_mask, named_word, noisy_labels, random_words
 
+LIMIT = 37 * (6 * 5 * 3 + 4 * 3)  # bytes of the images and words of `path`
+
 
 def open_train(path: Path, **changes: Any) -> Loader:
     return open_loader(path, **{"train": True, "batch_size": 8, "seed": 3, "world": World()} | changes)
@@ -170,9 +172,9 @@ def test_evaluation_moves_nothing(path: Path) -> None:
 
 
 def test_auto_is_resident_as_long_as_it_fits(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert isinstance(open_train(path, resident_limit=37 * 6 * 5 * 3), ResidentLoader)
+    assert isinstance(open_train(path, resident_limit=LIMIT), ResidentLoader)
     monkeypatch.setattr("rlp.data.loader.ffcv_installed", lambda: False)
-    too_large, resized = {"resident_limit": 37 * 6 * 5 * 3 - 1}, {"geometry": Geometry(image_size=4)}
+    too_large, resized = {"resident_limit": LIMIT - 1}, {"geometry": Geometry(image_size=4)}
     for changes, remedy in ((too_large, "resident_limit_gb"), (resized, "0")):
         with pytest.raises(UserError, match=f"FFCV is not installed; install it or .*{remedy}"):
             open_train(path, **changes)

@@ -32,9 +32,9 @@ def never(target: np.ndarray) -> None:
 def test_the_second_gets_what_the_first_filled(tmp_path: Path) -> None:
     first = share("a", 1000, pattern, tmp_path)
     second = share("a", 1000, never, tmp_path)
-    first.array[3] = 77
-    assert second.array[3] == 77
-    assert np.array_equal(second.array[4:], np.arange(4, 1000) % 251)
+    assert np.array_equal(second.array, np.arange(1000) % 251)
+    second.array[3] = 77
+    assert first.array[3] == 3  # what one process writes stays with it
     kept = second.array
     first.close()
     assert len(list(tmp_path.iterdir())) == 1
@@ -58,6 +58,36 @@ def test_a_failure_to_fill_leaves_nothing_and_the_next_may_try(tmp_path: Path) -
 def test_what_a_killed_process_left_half_filled_is_filled_anew(tmp_path: Path) -> None:
     (tmp_path / f"rlp-{os.getuid()}-a-400").write_bytes(b"x" * 400)
     assert share("a", 400, pattern, tmp_path).array[399] == 399 % 251
+
+
+def test_what_was_left_is_used_only_if_it_is_whole(tmp_path: Path) -> None:
+    """And what was left under other names is removed, when nobody holds it."""
+    first = share("a", 1000, pattern, tmp_path)
+    held = share("b", 10, pattern, tmp_path)
+    (path,) = tmp_path.glob("*-a-1000")
+    whole = path.read_bytes()
+    first.close()
+    path.write_bytes(whole)
+    again = share("a", 1000, never, tmp_path)
+    again.close()
+    path.write_bytes(whole[:500] + b"!" + whole[501:])
+    assert share("a", 1000, pattern, tmp_path).array[500] == 500 % 251
+    path.write_bytes(b"left")
+    share("c", 10, pattern, tmp_path).close()
+    assert [left.name for left in tmp_path.iterdir()] == [f"rlp-{os.getuid()}-b-10"]
+    held.close()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_gives_nothing_back(tmp_path: Path) -> None:
+    held = share("a", 10, pattern, tmp_path)
+    child = os.fork()
+    if child == 0:
+        held.close()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert len(list(tmp_path.iterdir())) == 1
+    held.close()
 
 
 def test_too_little_room_is_an_error(tmp_path: Path) -> None:

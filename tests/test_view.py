@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 import numpy as np
 import pytest
-from small_sets import change_card, random_images, write_set
+from small_sets import change_card, random_images, write_set, write_shards
 import torch
 
 from rlp.data.beton import Beton
@@ -231,6 +231,20 @@ def test_given_labels_come_from_every_kind_of_file(beton: Beton, tmp_path: Path,
     assert seen.describe()[-1].startswith(f"data.label_file {name}")
 
 
+def test_a_shard_alone_takes_its_part_of_the_labels(tmp_path: Path) -> None:
+    path = tmp_path / "s.beton"
+    write_shards(path, random_images(40, 1, 1), 4)
+    given = (np.arange(40) + 1) % 4
+    np.save(tmp_path / "a.npy", given)
+    whole = view(Beton.open(path), label_file=str(tmp_path / "a.npy"))
+    parts = [
+        view(Beton.open(tmp_path / f"s-{number:05}-of-00004.beton"), label_file=str(tmp_path / "a.npy"))
+        for number in range(4)
+    ]
+    assert np.array_equal(np.concatenate([part.label for part in parts]), whole.label)
+    assert np.array_equal(whole.label, given)
+
+
 class Planted:
     def __reduce__(self) -> tuple[Any, ...]:
         return (print, ("code was run",))
@@ -253,6 +267,13 @@ BAD: dict[str, tuple[str, str | None, Write, str]] = {
     ),
     "text": ("a.csv", "n", lambda path: path.write_text("n,m\nx,1\n"), "expected one integer for each sample"),
     "ragged": ("a.csv", None, lambda path: path.write_text("n,m\n1,1\n1\n"), "line 3 does not have 2 values"),
+    "one name": ("a.csv", "n", lambda path: path.write_text("n,n\n1,1\n"), "two columns of the header have one name"),
+    "wraps": (
+        "a.npy",
+        None,
+        lambda path: np.save(path, np.full(COUNT, 2**64 - 1, np.uint64)),
+        "is 18446744073709551615",
+    ),
     "empty": ("a.txt", None, lambda path: path.write_text(""), "holds no labels"),
     "damaged": ("a.npz", None, lambda path: path.write_bytes(b"PK\3\4 and so on"), "cannot be read"),
     "no key": ("a.npz", None, lambda path: np.savez(path, x=TRUE, y=GIVEN), "data.label_key is null, but"),

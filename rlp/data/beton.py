@@ -6,12 +6,12 @@ Opening checks everything that later reading relies on, so a damaged file is one
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from itertools import pairwise
 import math
 import os
 from pathlib import Path
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 
 from rlp.data.card import Card, card_path
 from rlp.data.format import FIELDS, RAW, WORD_BYTES, Index, sample_crc32
@@ -62,6 +62,7 @@ class Beton:
     def __init__(self, path: Path, card: Card, opened: list[tuple[OpenFile, Index]]) -> None:
         self.path = path
         self.card = card
+        self._hashed = False
         self.files = [file for file, _ in opened]
         # The layout says all that the indices do, in half the memory: they are not kept.
         indices = [index for _, index in opened]
@@ -92,7 +93,7 @@ class Beton:
         opened = [open_file(*each, card=card_path(path)) for each in told]
         beton = cls(path, card, opened)
         if full_hash:
-            beton._check_hashes()
+            beton.check_hashes()
         return beton
 
     @property
@@ -179,18 +180,21 @@ class Beton:
         self._gather(rows, "image", images.reshape(len(rows), math.prod(images.shape[1:])), advance)
 
     def _gather(self, rows: np.ndarray, column: str, out: np.ndarray, advance: Callable[[int], object]) -> None:
-        """Copy the bytes at ``layout[column]`` of ``rows`` into ``out``, uint8 [n, bytes of each]."""
-        self.check_unchanged()  # reading a map of a file that was truncated would kill the interpreter
+        """Copy the bytes at ``layout[column]`` of ``rows`` into ``out``, uint8 [n, bytes of each].
+
+        By system calls, one for each run of bytes: a map of a file that was truncated would kill the interpreter.
+        """
         size = out.shape[1]
+        order = np.lexsort((self.layout[column][rows], self.layout["file"][rows]))
+        place, number = self.layout[column][rows[order]], self.layout["file"][rows[order]]
+        breaks = np.flatnonzero((np.diff(place) != size) | (np.diff(number) != 0)) + 1
         step = max(1, _GATHER_BYTES // size)
-        order = np.argsort(self.layout["file"][rows], kind="stable")
-        bounds = np.searchsorted(self.layout["file"][rows[order]], np.arange(len(self.files) + 1))
-        for file, first, last in zip(self.files, bounds[:-1], bounds[1:], strict=True):
-            windows = sliding_window_view(np.asarray(file.data), size)  # a view: row k is the bytes from k on
+        for first, last in pairwise([0, *breaks.tolist(), len(rows)]):
             for start in range(first, last, step):
-                part = order[start : min(start + step, last)]
-                out[part] = windows[self.layout[column][rows[part]]]
-                advance(len(part))
+                stop = min(start + step, last)
+                content = self.files[number[start]].read(int(place[start]), (stop - start) * size)
+                out[order[start:stop]] = np.frombuffer(content, np.uint8).reshape(-1, size)
+                advance(stop - start)
 
     def _decode(self, rows: np.ndarray, images: np.ndarray, advance: Callable[[int], object]) -> None:
         """Pillow decodes without Python's lock, so threads do."""
@@ -212,9 +216,14 @@ class Beton:
         words = file.read(int(place["words"]), WORD_BYTES * len(self.card.word_names))
         return sample_crc32(file.read(int(place["image"]), int(place["image_size"])), words)
 
-    def _check_hashes(self) -> None:
-        """Hash every file, and read the shards' own cards; when a hash differs, find out by the checksums which
-        samples are damaged."""
+    def check_hashes(self) -> None:
+        """Hash every file, once, and read the shards' own cards.
+
+        Raises:
+            UserError: a hash differs; the checksums tell which samples are damaged.
+        """
+        if self._hashed:
+            return
         from rlp.data.shards import check_shard_cards  # which stands on this module
 
         check_shard_cards(self.path, self.card)
@@ -229,6 +238,7 @@ class Beton:
                 where = f"at sample {self.card.first_sample + damaged[0]}"
                 where += f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
             raise UserError(f"{file.path} is damaged {where}: its contents differ from the card's sha256")
+        self._hashed = True
 
 
 def _layout(indices: list[Index]) -> np.ndarray:

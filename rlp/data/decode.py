@@ -5,7 +5,8 @@ those of :mod:`rlp.philox` to the bit, so that an image is a function of (seed, 
 that made it. Files are read with ``pread`` into memory of ours: a file that is cut short meanwhile is a short read,
 where a mapping would end the process.
 
-All compiled code is in this one file: numba's cache notices a change of the file, not of what it calls elsewhere.
+All compiled code, and every constant that enters it, is in this one file: numba keeps the result until the file
+changes, and notices no change elsewhere. A test holds the constants to those of other modules.
 """
 
 import math
@@ -18,15 +19,14 @@ from numba.extending import intrinsic
 import numpy as np
 
 from rlp.data.compiled import compiled
-from rlp.data.format import JPG
-from rlp.data.geometry import MOVES, Geometry
-from rlp.data.native import PREFIX
-from rlp.philox import stream_id
+from rlp.data.geometry import Geometry
 
 Int = int | np.integer
 
-CROP_STREAM = stream_id("crop")
-MOVE_STREAM = stream_id(MOVES)
+JPG = 0
+CROP_STREAM = 0xEDC23D9B  # rlp.philox.stream_id("crop")
+MOVE_STREAM = 0x453F0832  # rlp.philox.stream_id(rlp.data.geometry.MOVES)
+PREFIX = "rlp_native_"
 ATTEMPTS = 10
 ASPECTS = (3.0 / 4.0, 4.0 / 3.0)
 """Width over height of a random crop, uniform in the logarithm (Szegedy et al., arXiv 1409.4842)."""
@@ -73,9 +73,19 @@ class Plan(NamedTuple):
 
 def plan_of(geometry: Geometry, train: bool, seed: int, epoch: int) -> Plan:
     """The numbers of ``geometry`` for compiled code."""
-    area, scale = geometry.interpolation == "area", geometry.crop_scale
-    moves = (geometry.flip, geometry.crop_padding)
-    return Plan(train, geometry.image_size, area, *scale, geometry.center_ratio, *moves, np.uint64(seed), epoch)
+    low, high = geometry.crop_scale
+    return Plan(  # every number in one type: another would compile everything once more
+        random=bool(train),
+        size=int(geometry.image_size),
+        area=geometry.interpolation == "area",
+        smallest=float(low),
+        largest=float(high),
+        ratio=float(geometry.center_ratio),
+        flip=bool(geometry.flip),
+        padding=int(geometry.crop_padding),
+        seed=np.uint64(seed),
+        epoch=int(epoch),
+    )
 
 
 @compiled
@@ -201,18 +211,34 @@ def _resize(source: np.ndarray, top: Int, left: Int, tall: Int, wide: Int, targe
 
 
 @compiled
+def _read(file: int, target: np.ndarray, offset: Int) -> bool:
+    """Fill ``target`` from ``offset`` of the file; False where it ends before or cannot be read."""
+    done = 0
+    while done < target.size:
+        count = _read_at(file, target.ctypes.data + done, target.size - done, offset + done)
+        if count <= 0:
+            return False
+        done += count
+    return True
+
+
+@compiled
 def _jpeg(decoder: int, content: np.ndarray, pixels: np.ndarray) -> int:
-    """Decode ``content`` into ``pixels`` uint8 [H, W, 3], whose size the JPEG must have; returns its state."""
-    found = np.zeros(4, np.int32)
-    at = found.ctypes.data
-    if _jpeg_header(decoder, content.ctypes.data, content.size, at + 4, at, at + 8, at + 12) != 0:
-        return DAMAGED
+    """Decode ``content`` into ``pixels`` uint8 [H, W, 3], whose size the JPEG must have; returns its state.
+
+    After another state than :data:`GOOD` the decoder is not to be used again.
+    """
     height, width = pixels.shape[:2]
-    if found[0] != height or found[1] != width:
+    found = np.full(4, -1, np.int32)  # width, height, subsampling, colour space
+    at, state = found.ctypes.data, GOOD
+    if _jpeg_header(decoder, content.ctypes.data, content.size, at, at + 4, at + 8, at + 12) != 0:
+        state = SUSPECT if _jpeg_error(decoder) == 0 else DAMAGED
+    colour = found[3] == 0 or found[3] == 1  # RGB or YCbCr, as the writer lets pass
+    if state == DAMAGED or found[0] != width or found[1] != height or not colour:
         return DAMAGED
-    if _jpeg_pixels(decoder, content.ctypes.data, content.size, pixels.ctypes.data, width, 0, height, 0, 0) == 0:
-        return GOOD
-    return SUSPECT if _jpeg_error(decoder) == 0 else DAMAGED
+    if _jpeg_pixels(decoder, content.ctypes.data, content.size, pixels.ctypes.data, width, 0, height, 0, 0) != 0:
+        state = SUSPECT if _jpeg_error(decoder) == 0 else DAMAGED
+    return state
 
 
 @compiled
@@ -320,8 +346,10 @@ def decode_images(
     fill: np.ndarray,
     out: np.ndarray,
     state: np.ndarray,
-) -> None:
+) -> int:
     """Read, decode, crop, resize, mirror and shift the images of ``rows`` int64 [B] into ``out`` uint8 [B, H, W, 3].
+
+    Stops after a JPEG that makes trouble, for then the decoder has to be renewed; returns how many rows are done.
 
     Args:
         rows: places in ``layout``.
@@ -346,15 +374,15 @@ def decode_images(
         record = layout[rows[place]]
         height, width, size = np.int64(record["height"]), np.int64(record["width"]), np.int64(record["image_size"])
         content = buffer[:size]
-        if _read_at(files[record["file"]], content.ctypes.data, size, record["image"]) != size:
+        if not _read(files[record["file"]], content, record["image"]):
             state[place] = GONE
-            continue
+            return place + 1
         state[place] = GOOD
         if record["mode"] == JPG:
             image = scratch[: height * width * 3].reshape(height, width, 3)
             state[place] = _jpeg(decoder, content, image)
             if state[place] == DAMAGED:
-                continue
+                return place + 1
         else:
             image = content.reshape(height, width, 3)
         if plan.size > 0:
@@ -367,20 +395,20 @@ def decode_images(
             target = square if moves else out[place]
             _resize(image, top, left, tall, wide, target, plan.area)
             image = target
-            if not moves:
-                continue
         if moves:
             mirrored, down, right = _choices(plan, ids[place])
             _move(image, out[place], mirrored, down, right, fill)
-        else:
+        elif plan.size == 0:
             out[place] = image
+        if state[place] != GOOD:
+            return place + 1
+    return len(rows)
 
 
 @compiled
 def read_words(rows: np.ndarray, layout: np.ndarray, files: np.ndarray, out: np.ndarray, state: np.ndarray) -> None:
     """The first words of ``rows`` into ``out`` int32 [B, K]; a short read makes ``state`` of a row :data:`GONE`."""
-    size = out.shape[1] * 4
     for place in range(len(rows)):
         record = layout[rows[place]]
-        if _read_at(files[record["file"]], out[place].ctypes.data, size, record["words"]) != size:
+        if not _read(files[record["file"]], out[place].view(np.uint8), record["words"]):
             state[place] = GONE

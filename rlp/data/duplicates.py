@@ -17,6 +17,8 @@ from rlp.errors import UserError
 
 HASH_SIDE = 8
 HASH_BITS = HASH_SIDE * HASH_SIDE
+FLAT = np.uint64(2**64 - 1)
+_LEAST_CONTRAST = 16
 _BLOCK = 2048  # embeddings compared at once with all before them
 _PAIRS = 1 << 22  # pairs of hashes compared at once
 _ROUNDING = 1e-6  # of a cosine in float32: equal embeddings are duplicates also at distance 0
@@ -94,7 +96,10 @@ def _read_embeddings(path: str | Path, beton: Beton) -> np.ndarray:
 
 def image_hashes(beton: Beton, progress: bool = False) -> np.ndarray:
     """Two difference hashes of every image, uint64 [N, 2]: signs of the differences between neighbouring grey averages,
-    across 8 x 9 of them and down 9 x 8. One alone takes many a bright thing in the middle for another."""
+    across 8 x 9 of them and down 9 x 8. One alone takes many a bright thing in the middle for another.
+
+    A flat image, whose averages span less than 16 of 255 levels, has no structure to compare: both of its hashes are
+    :data:`FLAT`, and it is no duplicate of anything."""
     from PIL import Image
     from tqdm import tqdm
 
@@ -107,6 +112,9 @@ def image_hashes(beton: Beton, progress: bool = False) -> np.ndarray:
             size = (HASH_SIDE + axis, HASH_SIDE + 1 - axis)
             small = np.asarray(grey.resize(size, Image.Resampling.BOX), np.int16)
             hashes[row, column] = weights[(np.diff(small, axis=axis) > 0).ravel()].sum()
+            if np.ptp(small) < _LEAST_CONTRAST:
+                hashes[row] = FLAT
+                break
     return hashes
 
 
@@ -117,10 +125,11 @@ def near_hashes(hashes: np.ndarray, distance: int) -> np.ndarray:
     are compared. Of rows with equal hashes only the first is: what is near the others is near it too. Many plain
     images share one hash, and would make as many pairs as the square of their number.
     """
-    dropped = np.ones(len(hashes), bool)
-    first = np.sort(np.unique(hashes, axis=0, return_index=True)[1])
-    dropped[first] = _near_distinct(hashes[first], distance)
-    return np.flatnonzero(dropped)
+    rows = np.flatnonzero((hashes != FLAT).any(1))
+    dropped = np.ones(len(rows), bool)
+    first = np.sort(np.unique(hashes[rows], axis=0, return_index=True)[1])
+    dropped[first] = _near_distinct(hashes[rows[first]], distance)
+    return rows[dropped]
 
 
 def _near_distinct(hashes: np.ndarray, distance: int) -> np.ndarray:

@@ -15,7 +15,6 @@ Import this module only where FFCV is installed; :func:`rlp.data.loader.open_loa
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from itertools import pairwise
 import threading
 
 import numpy as np
@@ -27,7 +26,7 @@ from rlp.data.beton import Beton
 from rlp.data.decode import DAMAGED, GONE, SUSPECT, decode_images, plan_of, read_words
 from rlp.data.geometry import Geometry, fill_of
 from rlp.data.native import JpegDecoder, register
-from rlp.data.prefetch import Prefetcher, SameProcess
+from rlp.data.prefetch import InUse, Prefetcher
 from rlp.data.view import View
 from rlp.errors import UserError
 
@@ -87,23 +86,30 @@ class HostReader:
         plan = plan_of(self._geometry, self._schedule.train, self._schedule.seed, epoch)
         state = np.zeros(len(rows), np.uint8)
 
-        def decode(part: slice) -> None:
-            ids, decoder = self._ids[rows[part]], self._decoders.mine.handle
-            outputs = images.numpy()[part], state[part]
-            decode_images(rows[part], ids, self._layout, self._files, decoder, plan, self._fill, *outputs)
-            read_words(rows[part], self._layout, self._files, words.numpy()[part], state[part])
+        def decode(first: int, last: int) -> None:
+            whole, decoder = slice(first, last), self._decoders.mine
+            while first < last:
+                part = slice(first, last)
+                ids, outputs = self._ids[rows[part]], (images.numpy()[part], state[part])
+                first += decode_images(
+                    rows[part], ids, self._layout, self._files, decoder.handle, plan, self._fill, *outputs
+                )
+                if first < last or state[last - 1]:
+                    decoder.renew()
+            read_words(rows[whole], self._layout, self._files, words.numpy()[whole], state[whole])
 
         bounds = np.linspace(0, len(rows), min(self._workers, len(rows)) + 1).astype(int).tolist()
-        list(self._pool.map(decode, [slice(first, last) for first, last in pairwise(bounds)]))
+        list(self._pool.map(decode, bounds[:-1], bounds[1:]))
         if state.any():
             self._explain(rows, state)
         return images, words
 
     def _explain(self, rows: np.ndarray, state: np.ndarray) -> None:
         """Raise for what could not be read; a JPEG decoded with a warning is fine if its bytes are those written."""
-        if (state == GONE).any():
+        for row in rows[state == GONE].tolist():
             self._beton.check_unchanged()
-            raise UserError(f"{self._beton.path} became shorter while it was read; expected it to stay as it was")
+            self._beton.crc32(row)  # reads it again, and says what is wrong
+            raise UserError(f"{self._beton.path} could not be read at sample {self._ids[row]}, and then it could")
         bad = [row for row in rows[state == SUSPECT].tolist() if self._beton.crc32(row) != self._layout["crc32"][row]]
         bad += rows[state == DAMAGED].tolist()
         if bad:
@@ -140,20 +146,23 @@ class FFCVLoader:
     ) -> None:
         self.card, self.view, self.num_samples, self.steps = beton.card, view, len(schedule.ids), schedule.steps
         self._name, self._index, self._schedule, self._device = str(beton.path), beton.index, schedule, device
-        self._process = SameProcess(self._name)
+        self._in_use = InUse(self._name)
         pinned = device if device.type == "cuda" else None
         self._reader = HostReader(beton, geometry or Geometry(), schedule, workers, pinned)
 
     def epoch(self, epoch: int, start: int = 0) -> Generator[Batch, None, None]:
         """The batches of ``epoch`` from step ``start`` on."""
-        self._process.check()
-        rows = self._schedule.batches(epoch, start)
-        batches = Prefetcher(lambda part: (part, self._reader.batch(part, epoch)), rows, _BATCHES_AHEAD, self._name)
+        self._in_use.check()
+        rows, reader = self._schedule.batches(epoch, start), self._reader
+        batches = None
         try:
-            for part, host in batches:
+            batches = Prefetcher(lambda part: (part, reader.batch(part, epoch)), rows, _BATCHES_AHEAD, self._name)
+            while (loaded := self._in_use.next_of(batches)) is not None:
+                part, host = loaded
                 yield self._to_device(part, *host)
         finally:
-            batches.close()
+            if batches is not None:
+                batches.close()
 
     def _to_device(self, rows: np.ndarray, images: Tensor, words: Tensor) -> Batch:
         columns = (images, torch.from_numpy(self.view.label[rows]), torch.from_numpy(self._index[rows]), words)
@@ -161,5 +170,6 @@ class FFCVLoader:
         return Batch(image.permute(0, 3, 1, 2), label, index, words.long() & _WORD_MASK)
 
     def close(self) -> None:
-        """End the decoding threads and let go of the file."""
-        self._reader.close()
+        """End the decoding threads; the loader cannot be used afterwards."""
+        if self._in_use.close():
+            self._reader.close()

@@ -59,6 +59,11 @@ class Geometry:
             names = ", ".join(get_args(Interpolation))
             raise UserError(f"data.interpolation is '{self.interpolation}'; expected one of {names}")
 
+        if self.fill is not None and not (
+            len(self.fill) == 3 and all(isinstance(value, int) and 0 <= value <= 255 for value in self.fill)
+        ):
+            raise UserError(f"fill is {self.fill}; expected three whole numbers from 0 to 255")
+
     @property
     def moves(self) -> bool:
         """Whether training images are mirrored or shifted."""

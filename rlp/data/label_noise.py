@@ -2,6 +2,7 @@
 
 import csv
 from pathlib import Path
+import re
 from typing import Any, Literal
 
 import numpy as np
@@ -97,15 +98,14 @@ def _checked(beton: Beton, values: np.ndarray, where: str) -> np.ndarray:
     ids, classes = beton.index, len(beton.card.classes)
     if values.ndim != 1 or values.dtype.kind not in "iu":
         raise UserError(f"{where} is {values.dtype} of shape {values.shape}; expected one integer for each sample")
-    if len(values) <= ids.max():
+    is_shard = re.search(r"-\d{5}-of-\d{5}$", beton.path.stem) is not None  # of a set whose size it does not know
+    if len(values) <= ids.max() or (len(values) != len(ids) and not is_shard):
         raise UserError(f"{where} has {len(values)} labels; expected one for each of the {ids.max() + 1} samples")
-    if not beton.card.first_sample and len(values) != len(ids):
-        raise UserError(f"{where} has {len(values)} labels; expected one for each of the {len(ids)} samples")
-    values = values[ids].astype(np.int64)
+    values = values[ids]
     if values.min() < 0 or values.max() >= classes:
         wrong = np.flatnonzero((values < 0) | (values >= classes))[0]
         raise UserError(f"{where} is {values[wrong]} for sample {ids[wrong]}; expected a class from 0 to {classes - 1}")
-    return values
+    return values.astype(np.int64)
 
 
 def _read_columns(path: Path) -> dict[str, np.ndarray]:
@@ -153,8 +153,10 @@ def _csv(path: Path) -> dict[str, np.ndarray]:
         lines = [line for line in csv.reader(file) if line]
     if not lines:
         return {}
-    has_header = not all(value.strip().lstrip("-").isdecimal() for value in lines[0])
+    has_header = _integers(lines[0]).dtype.kind != "i"
     names = [name.strip() for name in lines[0]] if has_header else ["labels"]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two columns of the header have one name: {', '.join(names)}")
     rows = lines[1:] if has_header else lines
     if odd := [number for number, row in enumerate(rows, 1 + has_header) if len(row) != len(names)]:
         raise ValueError(f"line {odd[0]} does not have {len(names)} values")

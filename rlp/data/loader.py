@@ -18,23 +18,23 @@ _GIB = 2**30
 
 
 def open_loader(
-    path: str | Path,
+    source: Beton | str | Path,
     *,
     train: bool,
     batch_size: int,
     seed: int,
     world: World,
-    view: ViewOptions | None = None,
+    view: View | ViewOptions | None = None,
     geometry: Geometry | None = None,
     kind: Literal["auto", "ffcv", "resident"] = "auto",
     resident_limit: int = 4 * _GIB,
     workers: int = 0,
     verify: bool = False,
 ) -> Loader:
-    """Open ``path`` and its card, and choose how to load it.
+    """Open a set and choose how to load it.
 
     Args:
-        path: the .beton, or the name of a sharded set.
+        source: the .beton, or the name of a sharded set, or one that is open.
         train: shuffled, augmented whole batches; otherwise every sample once, in file order, over all ranks.
         batch_size: samples a step over all ranks.
         seed: seed of order, crops and moves.
@@ -43,23 +43,23 @@ def open_loader(
         geometry: how images are cropped, mirrored and shifted; None keeps them as they are.
         kind: ``resident`` (the whole set in memory), ``ffcv`` (decoded batch by batch), or ``auto``: resident when
             images of one size, not to be resized, fit within ``resident_limit``.
-        resident_limit: bytes of images that may lie in memory.
+        resident_limit: bytes of images and words that may lie in memory.
         workers: threads of this rank that decode or gather; 0 = the usable cores over the ranks of this machine.
         verify: hash the whole set first; a resident set, which is read as a whole, is always hashed.
 
     Raises:
         UserError: names the key or file that does not fit.
     """
-    view, geometry = view or ViewOptions(), geometry or Geometry()
+    geometry = geometry or Geometry()
     if kind not in KINDS:
         raise UserError(f"data.loader is '{kind}'; expected one of {', '.join(KINDS)}")
     if workers < 0:
         raise UserError(f"data.workers is {workers}; expected a number of threads, 0 for automatic")
-    beton = Beton.open(path, full_hash=verify)
+    beton = source if isinstance(source, Beton) else Beton.open(source)
     chosen = _choose(kind, beton, resident_limit, geometry.image_size)
-    if chosen == "resident" and not verify:
-        beton = Beton.open(path, full_hash=True)
-    seen = make_view(beton, view)
+    if verify or chosen == "resident":
+        beton.check_hashes()
+    seen = view if isinstance(view, View) else make_view(beton, view or ViewOptions())
     _check_batches(beton, seen, train, batch_size, world)
     schedule = Schedule(seen.ids, train, batch_size, seed, world.rank, world.size)
     workers = workers or _auto_workers(world)
@@ -85,13 +85,13 @@ def _auto_workers(world: World) -> int:
 
 def _choose(kind: str, beton: Beton, limit: int, image_size: int) -> str:
     card, path = beton.card, beton.path
-    size = card.num_samples * card.height * card.width * 3
+    size = card.num_samples * (card.height * card.width * 3 + 4 * card.draws)
     if image_size:
         obstacle, remedy = f"data.image_size is {image_size}", "set data.image_size to 0"
     elif not card.height:
         obstacle, remedy = f"the images of {path} differ in size", "write them with one size (image.size)"
     elif size > limit:
-        obstacle = f"{path} holds {size / _GIB:.2f} GiB of images, more than data.resident_limit_gb"
+        obstacle = f"{path} holds {size / _GIB:.2f} GiB of images and words, more than data.resident_limit_gb"
         remedy = "raise data.resident_limit_gb"
     else:
         obstacle, remedy = "", ""

@@ -64,7 +64,13 @@ class JpegDecoder:
     """One turbojpeg decoder, for one thread at a time; ``handle`` is what compiled code passes to turbojpeg."""
 
     def __init__(self) -> None:
-        self.handle: int = _library().tjInitDecompress() or 0
+        self.handle = 0
+        self.renew()
+
+    def renew(self) -> None:
+        """A fresh decoder: after a damaged JPEG turbojpeg's stays in the middle of it, and fails on healthy ones."""
+        self.close()
+        self.handle = _library().tjInitDecompress() or 0
         if not self.handle:
             raise MemoryError("turbojpeg could not make a decoder")
 

@@ -5,7 +5,8 @@ import logging
 import os
 import queue
 import threading
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
+import weakref
 
 from rlp.errors import UserError
 
@@ -17,16 +18,42 @@ _POLL_SECONDS = 0.2
 _CLOSE_SECONDS = 30.0
 
 
-class SameProcess:
-    """Notices use after a fork: threads do not live on in the child, which would wait for them for ever."""
+class InUse:
+    """Says whether a loader can still be used: not after it was closed, and not in another process.
+
+    Threads do not live on in a forked child, which would wait for them for ever.
+    """
 
     def __init__(self, name: str) -> None:
-        self._name, self._process = name, os.getpid()
+        self._name, self._process, self._closed = name, os.getpid(), False
 
     def check(self) -> None:
-        """Raise :class:`UserError` in another process than the one that made this object."""
+        """Raise :class:`UserError` after a fork, :class:`RuntimeError` after the loader was closed."""
         if os.getpid() != self._process:
             raise UserError(f"the loader of {self._name} was opened before a fork; open it in the child process")
+        if self._closed:
+            raise RuntimeError(f"the loader of {self._name} was closed; open another one")
+
+    def next_of(self, results: Iterator[Result]) -> Result | None:
+        """The next result, None at the end; checked before."""
+        self.check()
+        return next(results, None)
+
+    def close(self) -> bool:
+        """Note that the loader is closed; True when its threads are this process's to end, and still there."""
+        first, self._closed = not self._closed, True
+        return first and os.getpid() == self._process
+
+
+def _put(results: "queue.Queue[Any]", result: object, stop: threading.Event) -> bool:
+    """Hand over one result; False when nobody wants it any more."""
+    while not stop.is_set():
+        try:
+            results.put(result, timeout=_POLL_SECONDS)
+            return True
+        except queue.Full:
+            continue
+    return False
 
 
 class Prefetcher(Generic[Item, Result]):
@@ -52,30 +79,29 @@ class Prefetcher(Generic[Item, Result]):
         name: str = "prefetch",
         patience: float = 600.0,
     ) -> None:
-        self._work, self._items, self._name, self._patience = work, items, name, patience
+        self._name, self._patience = name, patience
         self._results: queue.Queue[Result | BaseException | None] = queue.Queue(ahead)
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name=f"prefetch {name}", daemon=True)
+        # The thread knows nothing of this object: lost without being closed, as by Ctrl-C, it takes the thread along.
+        weakref.finalize(self, self._stop.set)
+        arguments = (work, items, self._results, self._stop)
+        self._thread = threading.Thread(target=self._run, args=arguments, name=f"prefetch {name}", daemon=True)
         self._thread.start()
 
-    def _run(self) -> None:
+    @staticmethod
+    def _run(
+        work: Callable[[Item], Result],
+        items: Sequence[Item],
+        results: "queue.Queue[Result | BaseException | None]",
+        stop: threading.Event,
+    ) -> None:
         try:
-            for item in self._items:
-                if self._stop.is_set() or not self._put(self._work(item)):
+            for item in items:
+                if stop.is_set() or not _put(results, work(item), stop):
                     return
-            self._put(None)
+            _put(results, None, stop)
         except BaseException as error:  # Whatever it is, the main thread must hear of it.
-            self._put(error)
-
-    def _put(self, result: Result | BaseException | None) -> bool:
-        """Hand over one result; False when nobody wants it any more."""
-        while not self._stop.is_set():
-            try:
-                self._results.put(result, timeout=_POLL_SECONDS)
-                return True
-            except queue.Full:
-                continue
-        return False
+            _put(results, error, stop)
 
     def __iter__(self) -> Iterator[Result]:
         return self

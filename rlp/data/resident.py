@@ -14,7 +14,7 @@ from torch import Tensor
 from rlp.data.batch import Batch, Schedule
 from rlp.data.beton import Beton
 from rlp.data.geometry import Geometry, fill_of, move
-from rlp.data.prefetch import SameProcess
+from rlp.data.prefetch import InUse
 from rlp.data.shared import SharedBytes, share
 from rlp.data.view import View
 
@@ -33,7 +33,8 @@ class _DeviceSet:
         images = self._host_images(beton, device)
         self.host = (images, beton.index) if device.type == "cpu" else None
         # Words are kept as 32-bit patterns: half the memory of int64.
-        words = beton.draw_words.astype(np.uint32).view(np.int32)
+        stored = beton.stored_words(np.arange(beton.num_samples))
+        words = np.ascontiguousarray(stored[:, : beton.card.draws]).view(np.int32)
         self.images, self.index, self.words = (
             torch.from_numpy(column).to(device) for column in (images, beton.index, words)
         )
@@ -100,11 +101,11 @@ class ResidentLoader:
         self._set: _DeviceSet | None = _device_set(beton, device)
         compiled = device.type == "cpu" and find_spec("numba") is not None
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix=f"gather {beton.path.name}") if compiled else None
-        self._ahead, self._process = 2 * workers, SameProcess(str(beton.path))
+        self._ahead, self._in_use = 2 * workers, InUse(str(beton.path))
 
     def epoch(self, epoch: int, start: int = 0) -> Generator[Batch, None, None]:
         """The batches of ``epoch`` from step ``start`` on."""
-        self._process.check()
+        self._in_use.check()
         batches, held = self._schedule.batches(epoch, start), self._set
         if not batches or held is None:
             return
@@ -118,8 +119,10 @@ class ResidentLoader:
                 waiting.append(self._pool.submit(self._gathered, held, chosen, epoch))
                 if len(waiting) > self._ahead:
                     yield waiting.popleft().result()
+                    self._in_use.check()
             while waiting:
                 yield waiting.popleft().result()
+                self._in_use.check()
         finally:
             for future in waiting:
                 future.cancel()
@@ -149,7 +152,7 @@ class ResidentLoader:
         return Batch(images.permute(0, 3, 1, 2), self._label.index_select(0, rows), index, words)
 
     def close(self) -> None:
-        """Free the memory, unless another loader of the same set still uses it."""
+        """Free the memory, unless another loader of the same set still uses it; this one can no longer be used."""
         self._set = None
-        if self._pool is not None:
+        if self._in_use.close() and self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)

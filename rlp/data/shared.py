@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import contextlib
 import fcntl
+import hashlib
 import mmap
 import os
 from pathlib import Path
@@ -10,7 +11,6 @@ from pathlib import Path
 import numpy as np
 
 MEMORY = Path("/dev/shm")
-_COMPLETE = b"complete"  # after the data, written last
 
 
 class SharedBytes:
@@ -21,11 +21,13 @@ class SharedBytes:
     """
 
     def __init__(self, path: Path, descriptor: int, array: np.ndarray) -> None:
-        self.array, self._path, self._descriptor = array, path, descriptor
+        self.array, self._path, self._descriptor, self._process = array, path, descriptor, os.getpid()
 
     def close(self) -> None:
         """Give the name back; the last process to do so frees the memory."""
         if self._descriptor < 0:
+            return
+        if os.getpid() != self._process:  # a forked child shares the lock, which is its parent's to give back
             return
         with contextlib.suppress(OSError):  # another process still uses it, or has removed it
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -42,7 +44,8 @@ def share(name: str, size: int, fill: Callable[[np.ndarray], None], folder: Path
     """The bytes that every process of this user gets under ``name``; whoever comes first calls ``fill``, others wait.
 
     A lock that the system drops with its holder keeps them apart: when the process that fills dies or fails, the next
-    one fills. What is left when the last user was killed is used by the next run of the same name.
+    one fills. What is left when the last user was killed is used by the next one of the same name, if its hash is
+    right, or removed by the next one of another name.
 
     Args:
         name: of the contents, e.g. their hash.
@@ -55,15 +58,17 @@ def share(name: str, size: int, fill: Callable[[np.ndarray], None], folder: Path
     """
     path = folder / f"rlp-{os.getuid()}-{name}-{size}"
     descriptor = _open_locked(path, fcntl.LOCK_SH)
-    if not _is_complete(descriptor, size):
+    if not _is_whole(descriptor, size):
         os.close(descriptor)
+        _remove_leftovers(folder)
         descriptor = _open_locked(path, fcntl.LOCK_EX)
     try:
-        if not _is_complete(descriptor, size):  # and nobody else is at it
+        if not _is_whole(descriptor, size):  # and nobody else is at it
             os.ftruncate(descriptor, 0)
             os.posix_fallocate(descriptor, 0, size)  # too little room is an error here, and no crash later
-            fill(_mapped(descriptor, size))
-            os.pwrite(descriptor, _COMPLETE, size)
+            target = np.frombuffer(mmap.mmap(descriptor, size), np.uint8)
+            fill(target)
+            os.pwrite(descriptor, _digest(target), size)
         fcntl.flock(descriptor, fcntl.LOCK_SH)
         return SharedBytes(path, descriptor, _mapped(descriptor, size))
     except BaseException:
@@ -93,11 +98,30 @@ def _is_at(path: Path, descriptor: int) -> bool:
         return False
 
 
-def _is_complete(descriptor: int, size: int) -> bool:
-    if os.fstat(descriptor).st_size != size + len(_COMPLETE):
+def _digest(content: np.ndarray) -> bytes:
+    return hashlib.sha256(content).digest()  # type: ignore[arg-type]  # an array is a buffer
+
+
+def _is_whole(descriptor: int, size: int) -> bool:
+    """True when the file holds its contents and, behind them, their hash."""
+    if os.fstat(descriptor).st_size != size + hashlib.sha256().digest_size:
         return False
-    return os.pread(descriptor, len(_COMPLETE), size) == _COMPLETE
+    return os.pread(descriptor, 64, size) == _digest(_mapped(descriptor, size))
 
 
 def _mapped(descriptor: int, size: int) -> np.ndarray:
-    return np.frombuffer(mmap.mmap(descriptor, size), np.uint8)
+    """The contents; what is written there stays with the writer."""
+    return np.frombuffer(mmap.mmap(descriptor, size, access=mmap.ACCESS_COPY), np.uint8)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Free what was left by processes that were killed: nobody holds a lock on it."""
+    for path in folder.glob(f"rlp-{os.getuid()}-*"):
+        with contextlib.suppress(OSError):
+            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if _is_at(path, descriptor):
+                    path.unlink()
+            finally:
+                os.close(descriptor)

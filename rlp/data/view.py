@@ -32,8 +32,9 @@ class ViewOptions:
     Attributes:
         fraction: share of the samples, at least one.
         fraction_per_class: the share of each class, at least one sample of it, instead of the whole.
-        imbalance: the largest class over the smallest: class c of C keeps n·ρ^(-c / (C - 1)) samples, n being the
-            largest class (Cui et al., arXiv 1901.05555; Cao et al., arXiv 1906.07413). 1 for none.
+        imbalance: ρ of a long tail: class c of C keeps up to n·ρ^(-c / (C - 1)) samples, n being the largest class
+            (Cui et al., arXiv 1901.05555; Cao et al., arXiv 1906.07413). Of equal classes the first is then ρ times
+            the last. 1 for none.
         drop_duplicates: leave out near-duplicates of other samples, as the card lists them.
         member_fraction: share of the samples that are members, by words of their own.
         members: which side of that split.

@@ -186,6 +186,7 @@ def test_a_prefetcher_that_is_lost_takes_its_thread_along() -> None:
 def test_a_file_cut_while_it_is_read_as_a_whole_is_an_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a resident set is; through a memory map it would be a signal that kills the interpreter."""
     beton = Beton.open(path)
+    monkeypatch.setattr("rlp.data.beton.Beton.check_unchanged", lambda self: None)
     os.truncate(path, 4096)
     for read in (beton.images, lambda: beton.words):
         with pytest.raises(UserError, match=r"a\.beton was truncated while it was in use"):

@@ -184,6 +184,7 @@ class Beton:
 
         By system calls, one for each run of bytes: a map of a file that was truncated would kill the interpreter.
         """
+        self.check_unchanged()
         size = out.shape[1]
         order = np.lexsort((self.layout[column][rows], self.layout["file"][rows]))
         place, number = self.layout[column][rows[order]], self.layout["file"][rows[order]]

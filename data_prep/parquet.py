@@ -70,16 +70,19 @@ def read_parquet(
 def _read_table(path: Path, image_column: str | None, label_column: str | None) -> _Table:
     pa, parquet = _pyarrow()
     with _explained(path), parquet.ParquetFile(path) as file:
-        schema, metadata = file.schema_arrow, file.metadata
+        schema, metadata = file.schema_arrow, file.metadata  # of metadata no column: pyarrow aborts if it is damaged
         label = _column(path, schema.names, "label", label_column, LABEL_COLUMNS)
         image = _binary_column(path, schema.field(_column(path, schema.names, "image", image_column, IMAGE_COLUMNS)))
         if not pa.types.is_integer(schema.field(label).type):
             raise UserError(f"{path}: column '{label}' is {schema.field(label).type}; expected integers from 0")
-        _check_there(path, metadata, image)
         labels = file.read(columns=[label]).column(label)
     if labels.null_count:
         raise UserError(f"{path}: column '{label}' has {labels.null_count} rows without a label; expected one in each")
     group_rows = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+    if not len(labels) == sum(group_rows) == metadata.num_rows:
+        raise UserError(
+            f"{path} is damaged: it counts {metadata.num_rows} rows, {sum(group_rows)} in groups, {len(labels)} labels"
+        )
     return _Table(path, labels.to_numpy().astype(np.int64), _class_names(path, schema, label), image, group_rows)
 
 
@@ -90,6 +93,8 @@ def _column(path: Path, names: list[str], what: str, asked: str | None, usual: S
         raise UserError(
             f"{path} has no column {expected} (source.{what}_column); its columns are {', '.join(names) or 'none'}"
         )
+    if names.count(found) > 1:
+        raise UserError(f"{path} has the column '{found}' twice; expected every name once")
     return found
 
 
@@ -106,19 +111,6 @@ def _binary_column(path: Path, field: Any) -> str:
     )
 
 
-def _check_there(path: Path, metadata: Any, image: str) -> None:
-    """Find rows without an image before the work, where the file counts them."""
-    for group in map(metadata.row_group, range(metadata.num_row_groups)):
-        for column in map(group.column, range(group.num_columns)):
-            statistics = column.statistics if column.path_in_schema == image else None
-            if statistics is not None and statistics.has_null_count and statistics.null_count:
-                raise _no_bytes(str(path), image, f"{statistics.null_count} rows")
-
-
-def _no_bytes(where: str, image: str, rows: str) -> UserError:
-    return UserError(f"{where}: {rows} without bytes in '{image}'; expected encoded images, not paths or nothing")
-
-
 def _class_names(path: Path, schema: Any, label: str) -> list[str] | None:
     """Names that Hugging Face's metadata gives the labels; None when it gives none."""
     text = (schema.metadata or {}).get(b"huggingface")
@@ -126,7 +118,7 @@ def _class_names(path: Path, schema: Any, label: str) -> list[str] | None:
         return None
     try:
         names = json.loads(text)["info"]["features"].get(label, {}).get("names")
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path}: its metadata 'huggingface' is not that of a data set with features") from None
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise UserError(f"{path}: the names of column '{label}' in its metadata are not a list of texts")
@@ -160,10 +152,14 @@ class _Reader:
             self._batch, self._first = (), int(self._starts[group])
         while row >= self._first + len(self._batch):
             self._first += len(self._batch)
-            self._batch = next(self._batches)
+            self._batch = next(self._batches, None)
+            if self._batch is None:
+                raise UserError(f"{self._names[row]} cannot be read: its file has fewer images than it counts rows")
         content = self._batch[row - self._first].as_py()
         if content is None:
-            raise _no_bytes(self._names[row], table.image, "it is")
+            raise UserError(
+                f"{self._names[row]} is without bytes in '{table.image}'; expected encoded images, not paths or nothing"
+            )
         return content
 
 
@@ -193,6 +189,6 @@ def _explained(path: Path) -> Iterator[None]:
     """Turn what pyarrow raises on a damaged file into a sentence."""
     try:
         yield
-    except (OSError, _pyarrow()[0].ArrowException) as error:
+    except (OSError, ValueError, _pyarrow()[0].ArrowException) as error:  # ValueError: names that are no UTF-8
         reason = " ".join(str(error).split())
         raise UserError(f"{path} cannot be read as a parquet file: {reason}") from None

@@ -19,6 +19,8 @@ FOLDER = "tiny-imagenet-200"
 _ANNOTATIONS = "val/val_annotations.txt"
 _TRAIN = re.compile(r"train/([^/]+)/images/([^/.][^/]*)")
 _VAL = re.compile(r"val/images/([^/.][^/]*)")
+_DAMAGED = (OSError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
+"""What zipfile raises on damaged, encrypted and unknown archives; NotImplementedError is a RuntimeError."""
 
 
 def read_tiny_imagenet(path: Path) -> tuple[list[str], Samples, Samples, list[Path]]:
@@ -39,7 +41,7 @@ def read_tiny_imagenet(path: Path) -> tuple[list[str], Samples, Samples, list[Pa
     if unnamed := [wnid for wnid in wnids if not words.get(wnid)]:
         raise UserError(f"words.txt of {path} has no words for {unnamed[0]}, which wnids.txt lists")
     numbers = {wnid: number for number, wnid in enumerate(wnids)}
-    annotated = dict(_annotations(tree, path))
+    annotated = _annotations(tree, path)
     train, val = {}, {}
     for name in sorted(tree.images(), key=natural_key):
         if not name.lower().endswith(".jpeg"):
@@ -64,14 +66,16 @@ def _samples(tree: "_Folder | _Archive", split: dict[str, str], numbers: dict[st
     return Samples(names, np.array(labels, np.int64), tree.contents(names))
 
 
-def _annotations(tree: "_Folder | _Archive", path: Path) -> list[tuple[str, str]]:
-    """Name and WordNet id of every validation image; the boxes after them are left."""
-    found = []
+def _annotations(tree: "_Folder | _Archive", path: Path) -> dict[str, str]:
+    """The WordNet id of every validation image by its name; the boxes after it are left."""
+    found = {}
     for number, line in enumerate(tree.text(_ANNOTATIONS).splitlines(), 1):
         file, tab, rest = line.partition("\t")
         if not tab:
             raise UserError(f"{path}: line {number} of {_ANNOTATIONS} is '{line[:40]}'; expected file, class and box")
-        found.append((f"val/images/{file}", rest.split("\t")[0].strip()))
+        name, wnid = f"val/images/{file}", rest.split("\t")[0].strip()
+        if found.setdefault(name, wnid) != wnid:
+            raise UserError(f"{path}: {_ANNOTATIONS} gives {name} two classes, {found[name]} and {wnid}")
     return found
 
 
@@ -106,7 +110,7 @@ class _Archive:
         self._path = path
         try:
             self._zip = zipfile.ZipFile(path)
-        except (OSError, zipfile.BadZipFile) as error:
+        except _DAMAGED as error:
             raise UserError(f"{path} cannot be read as a .zip: {error}") from None
         names = self._zip.namelist()
         root = f"{FOLDER}/" if any(name.startswith(f"{FOLDER}/") for name in names) else ""
@@ -132,5 +136,5 @@ class _Archive:
     def _read(self, name: str) -> bytes:
         try:
             return self._zip.read(self._members[name])
-        except (OSError, RuntimeError, NotImplementedError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except _DAMAGED as error:
             raise UserError(f"{name} of {self._path} cannot be unpacked: {error}") from None

@@ -138,8 +138,8 @@ def _label(name: str, members: dict[str, bytes], column: str | None) -> int:
     extension = next(extension for extension in LABELS if extension in members)
     text = members[extension]
     try:
-        value = json.loads(text) if extension == "json" else int(text)
-    except ValueError:
+        value = json.loads(text) if extension == "json" else int(text) if text.strip().isdigit() else None
+    except (ValueError, RecursionError):
         value = None
     if extension == "json":
         value = _from_object(f"{name}.json", value, column)
@@ -163,7 +163,7 @@ def _read_names(file: Path) -> list[str]:
         return [line.strip() for line in text.strip().splitlines()]
     try:
         names = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         names = None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{file} is not a JSON list of texts; expected the names of the classes, from class 0")

@@ -1,8 +1,10 @@
 """Parquet files as Hugging Face writes them: what is found, that images are read late and few at a time, bad files."""
 
 from collections.abc import Sequence
+import contextlib
 from pathlib import Path
 import re
+import subprocess
 import sys
 from typing import Any
 
@@ -16,6 +18,7 @@ pytest.importorskip("fastargs")
 from data_prep import parquet
 from data_prep.samples import OnDemand, hold_out, limited
 from rlp.errors import UserError
+from tests.image_folder import ROOT
 from tests.source_files import contents, encoded, make_parquet, opened, refusal
 
 pa = pytest.importorskip("pyarrow")
@@ -155,7 +158,15 @@ def with_metadata(root: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda root: replaced(root, images=[None, *images(1, 3)]), r"00001-of-00002\.parquet: 1 rows without bytes"),
+        (
+            lambda root: replaced(root, images=[*images(1, 3), None]),
+            r"00001-of-00002\.parquet\[3\] is without bytes in 'image\.bytes'; expected encoded images",
+        ),
+        (lambda root: replaced(root, images=[None] * 4, plain=True), r"parquet\[0\] is without bytes in 'image'"),
+        (
+            lambda root: written(root, pa.Table.from_arrays([pa.array([0]), pa.array([0])], names=["label", "label"])),
+            "has the column 'label' twice",
+        ),
         (lambda root: replaced(root, labels=[0, None, 1, 1]), "column 'label' has 1 rows without a label"),
         (
             lambda root: replaced(root, labels=[0, 2, 0, 1]),
@@ -181,6 +192,7 @@ def with_metadata(root: Path, text: str) -> None:
             "'label' is string; expected integers",
         ),
         (lambda root: with_metadata(root, "{"), "its metadata 'huggingface' is not that of a data set"),
+        (lambda root: with_metadata(root, "[" * 100_000), "its metadata 'huggingface' is not that of a data set"),
         (lambda root: with_metadata(root, '{"info": {"features": {"label": {"names": 3}}}}'), "not a list of texts"),
         (
             lambda root: replaced(root, images=[b"nothing", *images(1, 3)]),
@@ -211,14 +223,58 @@ def test_a_bad_file_is_one_sentence(
     assert re.search(sentence, found), found
 
 
-def test_a_row_without_bytes_that_no_statistics_tell(tmp_path: Path) -> None:
-    values = [b"a", None, b"c", b"d"]
-    path = make_parquet(tmp_path / "a.parquet", values, LABELS, write_statistics=False)
-    source = opened("parquet", path, val_fraction=0.5)
-    with pytest.raises(
-        UserError, match=r"a\.parquet\[1\]: it is without bytes in 'image\.bytes'; expected encoded images"
-    ):
+def test_rows_that_are_counted_but_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = opened("parquet", make_parquet(tmp_path / "a.parquet", images(0), LABELS), val_fraction=0.5)
+    original = parquet._batches
+    monkeypatch.setattr(parquet, "_batches", lambda *args: (batch[:1] for batch in original(*args)))
+    with pytest.raises(UserError, match=r"a\.parquet\[\d\] cannot be read: its file has fewer images than it counts"):
         [contents(samples) for samples in (source.train, source.val)]
+
+
+def test_counts_of_rows_that_disagree(tmp_path: Path) -> None:
+    """Each place of the metadata where one more or less changes a count of rows."""
+    path = make_parquet(tmp_path / "a.parquet", images(0), LABELS, row_group_size=2)
+    whole, found = path.read_bytes(), 0
+    for place in range(len(whole) - 8 - int.from_bytes(whole[-8:-4], "little"), len(whole) - 8):
+        if whole[place] not in (4, 8):  # 2 and 4 rows, as the format writes whole numbers
+            continue
+        path.write_bytes(whole[:place] + bytes([whole[place] - 2]) + whole[place + 1 :])
+        with contextlib.suppress(OSError, ValueError), pq.ParquetFile(path) as file:
+            groups = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
+            if (file.metadata.num_rows, groups) in ((3, [2, 2]), (4, [1, 2]), (4, [2, 1])):
+                found += 1
+                with pytest.raises(UserError, match=r"a\.parquet (is damaged: it counts|cannot be read)"):
+                    opened("parquet", path)
+    assert found == 3
+
+
+def test_damaged_metadata_never_ends_the_process(tmp_path: Path) -> None:
+    """pyarrow aborts where Python asks it for a column's damaged metadata; in a process of its own, to survive that."""
+    path = make_parquet(tmp_path / "a.parquet", [b"image"] * 4, LABELS, ["cat", "dog"])
+    code = f"""
+from pathlib import Path
+import numpy as np
+from rlp.errors import UserError
+from tests.source_files import contents, opened
+path, rng = Path({str(path)!r}), np.random.default_rng(1)
+whole = path.read_bytes()
+footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+refused = 0
+for _ in range(600):
+    damaged = bytearray(whole)
+    for place in rng.integers(footer, len(whole), size=2):
+        damaged[place] = rng.integers(256)
+    path.write_bytes(damaged)
+    try:
+        source = opened("parquet", path, val_fraction=0.5)
+        contents(source.train), contents(source.val)
+    except UserError:
+        refused += 1
+print(refused)
+"""
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert (process.returncode, process.stderr) == (0, "")
+    assert int(process.stdout) > 100
 
 
 def test_a_damaged_page_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

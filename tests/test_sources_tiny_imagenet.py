@@ -99,6 +99,10 @@ def without(name: str) -> dict[str, bytes | None]:
         (without("val/images/val_9.JPEG"), "val/images/val_9.JPEG is missing, though val/val_annotations.txt names it"),
         ({"val/images/val_3.JPEG": b""}, "does not give the class of val/images/val_3.JPEG"),
         ({"val/val_annotations.txt": b"val_0.JPEG n01"}, "line 1 of val/val_annotations.txt is 'val_0.JPEG n01'"),
+        (
+            {"val/val_annotations.txt": b"val_0.JPEG\tn02\nval_0.JPEG\tn01\n"},
+            "gives val/images/val_0.JPEG two classes, n02 and n01",
+        ),
         ({"train/n01/images/note.txt": b""}, "train/n01/images/note.txt is not an image"),
         ({"train/n01/images/n01_1.JPEG": b"broken"}, "n01_1.JPEG cannot be read as an image: it is not an image"),
     ],
@@ -121,6 +125,9 @@ def test_a_damaged_archive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     found = refusal(capsys, "tiny-imagenet", path, tmp_path / "out")
     assert "train/n01/images/n01_5.JPEG of" in found
     assert "cannot be unpacked" in found
+    place = whole.index(b"PK\1\2") + 6  # the version that is needed to unpack the first file
+    path.write_bytes(whole[:place] + b"\xff" + whole[place + 1 :])
+    assert "cannot be read as a .zip: zip file version 25.5" in refusal(capsys, "tiny-imagenet", path, tmp_path / "out")
     path.write_bytes(whole[: len(whole) // 2])
     assert "cannot be read as a .zip" in refusal(capsys, "tiny-imagenet", path, tmp_path / "out")
     assert "does not exist" in refusal(capsys, "tiny-imagenet", tmp_path / "none.zip", tmp_path / "out")

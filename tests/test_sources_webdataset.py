@@ -164,6 +164,8 @@ JPG, CLS = ("a.jpg", encoded(0)), ("a.cls", b"0")
         ([JPG, CLS, ("readme", b"")], r"'readme' has no extension"),
         ([JPG, ("a.cls", b"cat")], r"a\.cls holds 'cat'; expected the number of a class"),
         ([JPG, ("a.cls", b"-1")], r"a\.cls holds '-1'"),
+        ([JPG, ("a.cls", b"1_0")], r"a\.cls holds '1_0'"),
+        ([JPG, ("a.json", b"[" * 100_000)], r"a\.json is not a JSON object"),
         ([JPG, ("a.cls", b"1" * 30)], "expected the number of a class"),
         ([JPG, ("a.cls", b"\xff")], "expected the number of a class"),
         ([JPG, ("a.txt", b"a photo of a cat")], r"a\.txt holds 'a photo of a cat'"),
@@ -214,6 +216,7 @@ def test_labels_in_json(tmp_path: Path) -> None:
     ("names", "content", "sentence"),
     [
         ("classes.json", "{", "is not a JSON list of texts"),
+        ("classes.json", "[" * 100_000, "is not a JSON list of texts"),
         ("classes.json", '{"0": "cat"}', "is not a JSON list of texts"),
         ("classes.json", "[1, 2]", "is not a JSON list of texts"),
         ("classes.txt", "cat\n", "has the label 1; expected one from 0 to 0"),

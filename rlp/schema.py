@@ -129,7 +129,9 @@ class DataConfig(Section, name="data"):
 class ModelConfig(Section, name="model"):
     """The network."""
 
-    name: str = key(REQUIRED, "wrn_{depth}_{width}, vgg16_cifar, resnet18_cifar, small_cnn, or a timm model", not_empty)
+    name: str = key(
+        REQUIRED, "wrn_{depth}_{width}, vgg16_cifar, resnet18_cifar, small_cnn, mlp, or a timm model", not_empty
+    )
     args: dict[str, Any] = key(dict, "arguments of the model, such as {drop_rate: 0.1, drop_path_rate: 0.1}")  # noqa: RUF009
     weights: str | None = key(None, "checkpoint whose weights to start from", not_empty)
     channels_last: bool = key(True, "weights and images in channels_last memory format")

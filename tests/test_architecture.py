@@ -31,6 +31,7 @@ LEVELS = (
     ("rlp.losses", "rlp.data", "rlp.optim", "rlp.meters", "rlp.checkpoint", "rlp.progress", "rlp.runlog"),
     ("rlp.models",),
     ("rlp.runfolder", "rlp.evaluate", "rlp.trainer", "rlp.build"),
+    ("rlp.measure",),
     ("rlp.report",),
     ("train_rlp", "data_prep", "benchmarks", "examples", "tests"),
 )

@@ -19,7 +19,7 @@ from rlp.kernels.reference import RandomLabelLoss, Statistics, statistics
 from rlp.labels import baked_words, random_labels
 from rlp.losses import PENALTIES
 from rlp.models import RandomLabelHeads, attach, build_model
-from rlp.models.heads import HeadBank
+from rlp.models.banks import HeadBank
 
 CLASSES, BATCH = 3, 6
 
@@ -96,7 +96,7 @@ def test_lambda_zero_asks_for_no_gradient_of_the_features(monkeypatch, layers, p
         calls.append((x.requires_grad, weight.requires_grad))
         return random_label_loss(x, weight, *arguments, **options)
 
-    monkeypatch.setattr("rlp.models.heads.random_label_loss", counted)
+    monkeypatch.setattr("rlp.models.banks.random_label_loss", counted)
     model = build_model("small_cnn", CLASSES, 8)
     heads = attach(model, ["block1"], layers=layers)
     for lam in (0.0, 1.0):

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from rlp.errors import UserError
 from rlp.labels import random_labels, random_words
 from rlp.models import RandomLabelHeads, attach
-from rlp.models import heads as heads_module
-from rlp.models.heads import HeadBank
+from rlp.models import banks as banks_module
+from rlp.models.banks import HeadBank
 
 DIM, BATCH, DRAWS, LABELS = 6, 8, 3, 5
 
@@ -195,8 +195,8 @@ def test_the_latest_losses_stay_on_the_device():
 @pytest.mark.parametrize("layers", [1, 2])
 def test_implementation_and_budget_reach_every_call(layers, monkeypatch):
     seen = []
-    loss = heads_module.random_label_loss
-    monkeypatch.setattr(heads_module, "random_label_loss", lambda *a, **how: seen.append(how) or loss(*a, **how))
+    loss = banks_module.random_label_loss
+    monkeypatch.setattr(banks_module, "random_label_loss", lambda *a, **how: seen.append(how) or loss(*a, **how))
     model = network()
     heads = small_heads(model, impl="eager", memory_budget=1000, layers=layers, hidden=3)
     for lam in (0.0, 0.5):

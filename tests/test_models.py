@@ -16,7 +16,7 @@ from rlp.models.taps import resolve_taps
 
 # not importorskip: timm is imported by build_model, which knows how to
 needs_timm = pytest.mark.skipif(find_spec("timm") is None, reason="timm is not installed")
-OWN = ["wrn_10_2", "vgg16_cifar", "resnet18_cifar", "small_cnn"]
+OWN = ["wrn_10_2", "vgg16_cifar", "resnet18_cifar", "small_cnn", "mlp"]
 
 
 def parameters(model: nn.Module) -> int:

@@ -14,6 +14,7 @@ from torch import nn
 
 from rlp.errors import UserError
 from rlp.models.cnn import SmallCNN
+from rlp.models.mlp import MLP
 from rlp.models.resnet import ResNet18
 from rlp.models.vgg import VGG16
 from rlp.models.wrn import WideResNet
@@ -31,7 +32,7 @@ def build_model(name: str, num_classes: int, image_size: int, args: dict[str, An
     """Build a network for images ``[B, 3, image_size, image_size]``.
 
     Args:
-        name: ``wrn_{depth}_{width}``, ``vgg16_cifar``, ``resnet18_cifar``, ``small_cnn``, or a timm model.
+        name: ``wrn_{depth}_{width}``, ``vgg16_cifar``, ``resnet18_cifar``, ``small_cnn``, ``mlp``, or a timm model.
         num_classes: outputs C.
         image_size: pixels a side; timm models whose weights depend on it are built for it.
         args: further arguments of the model, such as ``dropout`` (ours) or ``drop_path_rate`` (timm).
@@ -47,6 +48,8 @@ def build_model(name: str, num_classes: int, image_size: int, args: dict[str, An
         if depth < 10 or (depth - 4) % 6 or not width:
             raise UserError(f"model.name is '{name}'; expected wrn_d_k with d = 10, 16, 22, 28, ... and k at least 1")
         model = _call(name, WideResNet, args, depth=depth, width=width, num_classes=num_classes)
+    elif name == "mlp":
+        model = _call(name, MLP, args, num_classes=num_classes, image_size=image_size)
     elif name in OWN_MODELS:
         model = _call(name, OWN_MODELS[name], args, num_classes=num_classes)
     else:
@@ -72,7 +75,7 @@ def _call(name: str, build: Callable[..., nn.Module], args: dict[str, Any], **fi
 def _build_timm(name: str, num_classes: int, image_size: int, args: dict[str, Any]) -> nn.Module:
     timm = import_timm()
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, [*OWN_MODELS, "wrn_16_4", *timm.list_models()], n=4, cutoff=0.5)
+        near = difflib.get_close_matches(name, [*OWN_MODELS, "mlp", "wrn_16_4", *timm.list_models()], n=4, cutoff=0.5)
         hint = f"near names: {', '.join(near)}" if near else "see timm.list_models()"
         raise UserError(f"model.name '{name}' is neither one of ours nor a timm model; {hint}")
     sized = {"img_size": image_size, **args}

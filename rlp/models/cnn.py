@@ -1,32 +1,39 @@
 """A small convolutional network for small images on a CPU (the digits of the demo)."""
 
+from itertools import pairwise
+
 from torch import Tensor, nn
 
 from rlp.models.wrn import initialise
 
 
 class SmallCNN(nn.Module):
-    """Three blocks of 3x3 convolution, norm and ReLU with ``width``, 2 and 4 times ``width`` channels, each halving.
+    """Blocks of 3x3 convolution, norm and ReLU; each halves the image and doubles the ``width`` channels of the first.
 
-    Taps: ``block1``, ``block2``, ``block3``. About 24,000 parameters at the default width.
+    Taps: ``block1``, ``block2`` and so on. About 24,000 parameters at the defaults.
     """
 
-    default_taps = ("block1", "block2", "block3")
-    smallest_image = 8
-
-    def __init__(self, num_classes: int, width: int = 16, dropout: float = 0.0, norm: bool = True) -> None:
+    def __init__(
+        self, num_classes: int, width: int = 16, dropout: float = 0.0, norm: bool = True, blocks: int = 3
+    ) -> None:
         super().__init__()
-        self.block1 = _block(3, width, norm)
-        self.block2 = _block(width, 2 * width, norm)
-        self.block3 = _block(2 * width, 4 * width, norm)
+        if blocks < 1:
+            raise ValueError("blocks must be at least 1")
+        self.default_taps = tuple(f"block{number}" for number in range(1, blocks + 1))
+        self.smallest_image = 2**blocks
+        channels = [3, *(width * 2**number for number in range(blocks))]
+        for name, (channels_in, channels_out) in zip(self.default_taps, pairwise(channels), strict=True):
+            self.add_module(name, _block(channels_in, channels_out, norm))
         self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.dropout = nn.Dropout(dropout)
-        self.fc = nn.Linear(4 * width, num_classes)
+        self.fc = nn.Linear(channels[-1], num_classes)
         initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images float ``[B, 3, H, W]``, at least 8 pixels a side, to class logits ``[B, C]``."""
-        return self.fc(self.dropout(self.pool(self.block3(self.block2(self.block1(x))))))
+        """Images float ``[B, 3, H, W]``, at least 2^blocks pixels a side, to class logits ``[B, C]``."""
+        for name in self.default_taps:
+            x = self.get_submodule(name)(x)
+        return self.fc(self.dropout(self.pool(x)))
 
 
 def _block(channels_in: int, channels: int, norm: bool) -> nn.Sequential:

@@ -31,14 +31,21 @@ def build_data(config: TrainConfig, world: World) -> Data:
         raise UserError("train.amp is fp16, which needs a GPU; expected none or bf16 on the CPU")
     files = {"train": Beton.open(data.train), "val": Beton.open(data.val)}
     _check_cards(config, files["train"].card, files["val"].card)
-    view = make_view(files["train"], _view_options(data))
+    view = make_view(files["train"], view_options(data))
     train = _open(config, world, files["train"], view, train=True)
     evaluation = {
         "train": _open(config, world, files["train"], view, train=False),
         "val": _open(config, world, files["val"], None, train=False),
     }
-    card = files["train"].card
-    augment = Augment(
+    augment = build_augment(config, files["train"].card)
+    hashes = {**{split: beton.card.sha256 for split, beton in files.items()}, "view": view.sha256}
+    return Data(train, evaluation, augment, _class_floors(config, files["train"], view), hashes)
+
+
+def build_augment(config: TrainConfig, card: Card) -> Augment:
+    """What is done to images on the device; ``card`` is that of the training set."""
+    data = config.data
+    return Augment(
         mean=data.mean or card.mean,
         std=data.std or card.std,
         seed=config.run.seed,
@@ -46,8 +53,19 @@ def build_data(config: TrainConfig, world: World) -> Data:
         color_jitter=data.color_jitter,
         randaugment=data.randaugment,
     )
-    hashes = {**{split: beton.card.sha256 for split, beton in files.items()}, "view": view.sha256}
-    return Data(train, evaluation, augment, _class_floors(config, files["train"], view), hashes)
+
+
+def build_geometry(data: DataConfig) -> Geometry:
+    """How the loaders crop, resize and move images."""
+    return Geometry(
+        flip=data.flip,
+        crop_padding=data.crop_padding,
+        image_size=data.image_size,
+        crop_scale=data.crop_scale,
+        center_ratio=data.center_ratio,
+        interpolation=data.interpolation,
+        fill=fill_of(data.mean) if data.mean else None,
+    )
 
 
 def _check_cards(config: TrainConfig, train: Card, val: Card) -> None:
@@ -74,15 +92,6 @@ def _check_cards(config: TrainConfig, train: Card, val: Card) -> None:
 
 def _open(config: TrainConfig, world: World, beton: Beton, view: View | None, train: bool) -> Loader:
     data = config.data
-    geometry = Geometry(
-        flip=data.flip,
-        crop_padding=data.crop_padding,
-        image_size=data.image_size,
-        crop_scale=data.crop_scale,
-        center_ratio=data.center_ratio,
-        interpolation=data.interpolation,
-        fill=fill_of(data.mean) if data.mean else None,
-    )
     return open_loader(
         beton,
         train=train,
@@ -90,7 +99,7 @@ def _open(config: TrainConfig, world: World, beton: Beton, view: View | None, tr
         seed=config.run.seed,
         world=world,
         view=view,
-        geometry=geometry,
+        geometry=build_geometry(data),
         kind=data.loader,
         resident_limit=int(data.resident_limit_gb * 2**30),
         workers=data.workers,
@@ -98,7 +107,8 @@ def _open(config: TrainConfig, world: World, beton: Beton, view: View | None, tr
     )
 
 
-def _view_options(data: DataConfig) -> ViewOptions:
+def view_options(data: DataConfig) -> ViewOptions:
+    """Which samples are trained on, with which labels."""
     return ViewOptions(**{field.name: getattr(data, field.name) for field in fields(ViewOptions)})
 
 

@@ -11,7 +11,17 @@ from rlp.runlog import SUMMARY
 IDENTITY = "environment.json"
 """Written first and removed never: a folder with files but without this one is no run's, and is left alone."""
 
-RUN_ENTRIES = (SUMMARY, "figures", "tensorboard", "checkpoints", "metrics.jsonl", "train.log", "config.yaml", IDENTITY)
+RUN_ENTRIES = (
+    SUMMARY,
+    "measure",
+    "figures",
+    "tensorboard",
+    "checkpoints",
+    "metrics.jsonl",
+    "train.log",
+    "config.yaml",
+    IDENTITY,
+)
 """All that a run writes, in the order in which a fresh start removes it: what says "complete" goes first."""
 
 # Keys that may differ when a run goes on; those that change what is computed, with what they change, for the log.

@@ -90,7 +90,8 @@ class Schedule:
     """Which samples one rank sees, step by step.
 
     ``ids`` int64 ``[N]`` are the samples of the view in file order, ``batch_size`` counts over all ranks. Training
-    shuffles and drops the incomplete last batch; evaluation goes through the file and keeps a ragged last batch.
+    shuffles and drops the incomplete last batch; evaluation goes through the file and keeps a ragged last batch, and so
+    does training that is not to ``shuffle``: its images are moved all the same.
     """
 
     ids: np.ndarray
@@ -99,6 +100,7 @@ class Schedule:
     seed: int
     rank: int
     size: int
+    shuffle: bool = True
 
     @property
     def local_size(self) -> int:
@@ -108,7 +110,7 @@ class Schedule:
     @property
     def steps(self) -> int:
         """Steps an epoch on this rank; for evaluation the ranks may differ by one."""
-        if self.train:
+        if self.train and self.shuffle:
             return len(self.ids) // self.batch_size
         return -(-len(eval_ids(self.ids, self.rank, self.size)) // self.local_size)
 
@@ -116,7 +118,7 @@ class Schedule:
         """Sample ids of every step of ``epoch`` from ``start`` on, int64 arrays of up to ``local_size``."""
         if not 0 <= start <= self.steps:
             raise ValueError(f"start is {start}; expected 0 to {self.steps}, the steps of an epoch")
-        if self.train:
+        if self.train and self.shuffle:
             order = epoch_order(self.seed, epoch, self.ids)
             return list(train_batches(order, self.batch_size, self.rank, self.size)[start:])
         mine, local = eval_ids(self.ids, self.rank, self.size), self.local_size

@@ -30,6 +30,7 @@ def open_loader(
     resident_limit: int = 4 * _GIB,
     workers: int = 0,
     verify: bool = False,
+    shuffle: bool = True,
 ) -> Loader:
     """Open a set and choose how to load it.
 
@@ -46,6 +47,7 @@ def open_loader(
         resident_limit: bytes of images and words that may lie in memory.
         workers: threads of this rank that decode or gather; 0 = the usable cores over the ranks of this machine.
         verify: hash the whole set first; a resident set, which is read as a whole, is always hashed.
+        shuffle: False for training images, moved as in training, once each and in the order of the view.
 
     Raises:
         UserError: names the key or file that does not fit.
@@ -60,8 +62,8 @@ def open_loader(
     if verify or chosen == "resident":
         beton.check_hashes()
     seen = view if isinstance(view, View) else make_view(beton, view or ViewOptions())
-    _check_batches(beton, seen, train, batch_size, world)
-    schedule = Schedule(seen.ids, train, batch_size, seed, world.rank, world.size)
+    _check_batches(beton, seen, train and shuffle, batch_size, world)
+    schedule = Schedule(seen.ids, train, batch_size, seed, world.rank, world.size, shuffle)
     workers = workers or _auto_workers(world)
     if chosen == "resident":
         return ResidentLoader(beton, seen, schedule, world.device, geometry, workers)

@@ -14,6 +14,7 @@ IDENTITY = "environment.json"
 RUN_ENTRIES = (
     SUMMARY,
     "measure",
+    "report.html",
     "figures",
     "tensorboard",
     "checkpoints",

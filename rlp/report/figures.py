@@ -64,15 +64,16 @@ def training_figure(epochs: list[Row], summary: Row | None = None) -> "Figure":
         summary: for the title, see :func:`write_figures`.
     """
     mode = _mode(epochs)
-    figure = _new_figure(12.0 if mode else 8.0, 3.9)
+    figure = new_figure(12.0 if mode else 8.0, 3.9)
     axes = figure.subplots(1, 3 if mode else 2, squeeze=False)[0]
-    _draw_split_curves(axes[0], epochs, "loss", "class loss")
-    _draw_split_curves(axes[1], epochs, "accuracy", "class accuracy")
+    draw_split_curves(axes[0], epochs, "loss", "class loss")
+    draw_split_curves(axes[1], epochs, "accuracy", "class accuracy")
     if mode:
-        _draw_kappa_curves(axes[2], epochs, mode)
+        draw_kappa_curves(axes[2], epochs, mode)
+        _kappa_legend(axes[2])
     axes[0].legend(fontsize=8)
     for panel in axes:
-        _draw_epoch_axis(panel, epochs)
+        draw_epoch_axis(panel, epochs)
     figure.suptitle("Training\n" + _facts(epochs[-1], summary), fontsize=10)
     return figure
 
@@ -95,13 +96,13 @@ def depth_figure(epoch: Row, summary: Row | None = None) -> "Figure":
     taps = {reading.tap: reading for kind in kinds for reading in kind[0]}
     in_order = sorted(taps.values(), key=lambda reading: reading.depth)
     place = {reading.tap: position for position, reading in enumerate(in_order)}
-    figure = _new_figure(max(7.2, 2.6 + 0.62 * len(place)), 4.6)
+    figure = new_figure(max(7.2, 2.6 + 0.62 * len(place)), 4.6)
     axes = figure.subplots()
     for kind, shift, colour, marker, label in kinds:
         _draw_readings(axes, kind, place, shift, colour, marker, label)
     _draw_floors(axes, kinds[0][0] or kinds[1][0], place)
     axes.axhline(0, color=GREY, linewidth=1, label="chance")
-    _draw_tap_axis(axes, [reading.tap for reading in in_order])
+    draw_tap_axis(axes, [reading.tap for reading in in_order])
     axes.set_ylabel("κ of random labels")
     axes.grid(axis="y", alpha=0.3)
     note = "points: draws; marker: their mean; bar: its 95% interval over draws, for this one trained network"
@@ -110,8 +111,12 @@ def depth_figure(epoch: Row, summary: Row | None = None) -> "Figure":
     return figure
 
 
-def _new_figure(width: float, height: float) -> "Figure":
-    """An empty figure of so many inches."""
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty figure of so many inches.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -150,7 +155,8 @@ def _mode(epochs: list[Row]) -> str | None:
     return next((mode for mode in ("eval", "online") if mode in modes), None)
 
 
-def _draw_split_curves(axes: "Axes", epochs: list[Row], key: str, label: str) -> None:
+def draw_split_curves(axes: "Axes", epochs: list[Row], key: str, label: str) -> None:
+    """`key` (loss, accuracy) of the epoch rows against the epoch, for the three ways of reading it."""
     for split, name, colour, marker in (
         ("train", "training, running over the epoch", ORANGE, "D"),
         ("train_eval", "training, clean, eval mode", BLUE, "o"),
@@ -159,29 +165,34 @@ def _draw_split_curves(axes: "Axes", epochs: list[Row], key: str, label: str) ->
         points = [(row["epoch"], row[split][key]) for row in epochs if row.get(split)]
         points = [point for point in points if point[1] is not None]
         if points:
-            axes.plot(*zip(*points, strict=True), color=colour, label=name, **_markers(len(points), marker))
+            axes.plot(*zip(*points, strict=True), color=colour, label=name, **curve_markers(len(points), marker))
     axes.set_title(label, fontsize=10)
 
 
-def _draw_kappa_curves(axes: "Axes", epochs: list[Row], mode: str) -> None:
+def draw_kappa_curves(axes: "Axes", epochs: list[Row], mode: str) -> None:
+    """κ on the training images against the epoch: mean of the draws at each tap, band from lowest to highest draw."""
     by_tap: dict[str, list[tuple[int, Reading]]] = {}
     for row in epochs:
         for reading in readings(row.get("heads") or [], "train", mode):
             by_tap.setdefault(reading.tap, []).append((row["epoch"], reading))
-    for (tap, points), colour in zip(by_tap.items(), _depth_colours(len(by_tap)), strict=True):
+    for (tap, points), colour in zip(by_tap.items(), depth_colours(len(by_tap)), strict=True):
         when = [epoch for epoch, _ in points]
         kappas = [reading.kappas for _, reading in points]
         means = [draw_interval(values).mean for values in kappas]
         axes.fill_between(when, list(map(min, kappas)), list(map(max, kappas)), color=colour, alpha=0.2, linewidth=0)
-        axes.plot(when, means, color=colour, label=tap, **_markers(len(points), "o"))
+        axes.plot(when, means, color=colour, label=tap, **curve_markers(len(points), "o"))
     axes.axhline(0, color=GREY, linewidth=1)
     axes.set_title(f"κ of random labels ({mode}); band: all draws", fontsize=10)
+
+
+def _kappa_legend(axes: "Axes") -> None:
     handles, names = axes.get_legend_handles_labels()  # deepest first, as the curves usually lie
     axes.legend(handles[::-1], names[::-1], fontsize=8 if len(names) < 9 else 6.5, loc="center left",
                 bbox_to_anchor=(1.0, 0.5), frameon=False)  # fmt: skip
 
 
-def _draw_epoch_axis(axes: "Axes", epochs: list[Row]) -> None:
+def draw_epoch_axis(axes: "Axes", epochs: list[Row]) -> None:
+    """Whole epochs across, also where there is only one."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlabel("epoch")
@@ -203,7 +214,7 @@ def _draw_readings(
     """Every draw as a faint point, the mean as a marker and, from two draws on, the interval around it."""
     for reading in kind:
         across = place[reading.tap] + shift
-        spread = [across + 0.05 * offset for offset in _offsets(reading.draws)]
+        spread = [across + 0.05 * offset for offset in offsets(reading.draws)]
         axes.scatter(spread, reading.kappas, s=10, color=colour, alpha=0.35, linewidths=0)
     across = [place[reading.tap] + shift for reading in kind]
     means = [reading.interval.mean for reading in kind]
@@ -222,25 +233,26 @@ def _draw_floors(axes: "Axes", kind: list[Reading], place: dict[str, int]) -> No
         axes.hlines(floor, across - 0.42, across + 0.42, color="black", linestyle=(0, (3, 2)), label=label)
 
 
-def _draw_tap_axis(axes: "Axes", taps: list[str]) -> None:
+def draw_tap_axis(axes: "Axes", taps: list[str]) -> None:
+    """Taps across, from input to output; names that would run into each other are turned."""
     crowded = max(map(len, taps)) * len(taps) > 60
     axes.set_xticks(range(len(taps)), taps, rotation=35 if crowded else 0, ha="right" if crowded else "center")
     axes.set_xlim(-0.6, len(taps) - 0.4)
     axes.set_xlabel("tap, from input to output")
 
 
-def _depth_colours(count: int) -> Iterable[Any]:
+def depth_colours(count: int) -> Iterable[Any]:
     """Dark to light with depth, in a map that reads the same for every kind of colour vision and in grey."""
     from matplotlib import colormaps
 
     return [colormaps["viridis"](0.88 * position / max(count - 1, 1)) for position in range(count)]
 
 
-def _offsets(draws: int) -> list[float]:
+def offsets(draws: int) -> list[float]:
     """Places in [-1, 1] that keep the points of equal κ apart."""
     return [0.0] if draws == 1 else [2 * draw / (draws - 1) - 1 for draw in range(draws)]
 
 
-def _markers(points: int, marker: str) -> dict[str, Any]:
+def curve_markers(points: int, marker: str) -> dict[str, Any]:
     """Markers where there are few points (one alone would be invisible as a line), none on long runs."""
     return {"marker": marker if points <= 30 else "", "markersize": 4}

@@ -7,6 +7,8 @@ import hashlib
 import mmap
 import os
 from pathlib import Path
+import random
+import time
 
 import numpy as np
 
@@ -57,38 +59,56 @@ def share(name: str, size: int, fill: Callable[[np.ndarray], None], folder: Path
         OSError: no such folder, or too little room in it.
     """
     path = folder / f"rlp-{os.getuid()}-{name}-{size}"
-    descriptor = _open_locked(path, fcntl.LOCK_SH)
-    if not _is_whole(descriptor, size):
+    while True:
+        descriptor = _open_locked(path)
+        try:
+            if _is_whole(descriptor, size) or _fill(path, descriptor, size, fill):
+                return SharedBytes(path, descriptor, _mapped(descriptor, size))
+        except BaseException:
+            os.close(descriptor)
+            raise
         os.close(descriptor)
-        _remove_leftovers(folder)
-        descriptor = _open_locked(path, fcntl.LOCK_EX)
-    try:
-        if not _is_whole(descriptor, size):  # and nobody else is at it
-            os.ftruncate(descriptor, 0)
-            os.posix_fallocate(descriptor, 0, size)  # too little room is an error here, and no crash later
-            target = np.frombuffer(mmap.mmap(descriptor, size), np.uint8)
-            fill(target)
-            os.pwrite(descriptor, _digest(target), size)
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
-        return SharedBytes(path, descriptor, _mapped(descriptor, size))
-    except BaseException:
-        with contextlib.suppress(OSError):
-            path.unlink()
-        os.close(descriptor)
-        raise
+        time.sleep(random.uniform(0.001, 0.02))
 
 
-def _open_locked(path: Path, lock: int) -> int:
-    """A descriptor of the file that holds the lock; waits for it."""
+def _open_locked(path: Path) -> int:
+    """A descriptor of the file that holds a shared lock; waits while another process fills it."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        fcntl.flock(descriptor, lock)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
         if os.fstat(descriptor).st_uid != os.getuid():
             os.close(descriptor)
             raise PermissionError(f"{path} belongs to somebody else")
         if _is_at(path, descriptor):
             return descriptor
         os.close(descriptor)  # its last user removed it between our open and our lock
+
+
+def _fill(path: Path, descriptor: int, size: int, fill: Callable[[np.ndarray], None]) -> bool:
+    """Fill the file and hold it shared; False where another process is about to, and the lock is lost.
+
+    The exclusive lock is never waited for: who has filled holds a shared one from then on, as long as it lives.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    if not _is_at(path, descriptor):  # the lock was ours and then another's for a moment
+        return False
+    if not _is_whole(descriptor, size):
+        try:
+            _remove_leftovers(path.parent)
+            os.ftruncate(descriptor, 0)
+            os.posix_fallocate(descriptor, 0, size)  # too little room is an error here, and no crash later
+            target = np.frombuffer(mmap.mmap(descriptor, size), np.uint8)
+            fill(target)
+            os.pwrite(descriptor, _digest(target), size)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                path.unlink()
+            raise
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    return True
 
 
 def _is_at(path: Path, descriptor: int) -> bool:

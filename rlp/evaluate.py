@@ -44,7 +44,7 @@ def evaluate(
             with autocast():
                 logits = model(image).float()
                 if heads is not None:
-                    heads.evaluate(words=batch.words[:, : heads.draws])
+                    heads.evaluate(words=batch.words[:, : heads.draws], classes=batch.label)
             loss = F.cross_entropy(logits, batch.label, reduction="sum")
             sums.add(loss, (logits.argmax(dim=1) == batch.label).sum(), float(len(batch.label)))
             bar.advance()

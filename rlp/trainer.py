@@ -204,7 +204,8 @@ class Trainer:
     def _heads_loss(self, batch: Batch) -> Tensor | float:
         if self.heads is None:
             return 0.0
-        return self.heads.loss(words=batch.words[:, : self.heads.draws], lam=self.config.heads.weight)
+        words = batch.words[:, : self.heads.draws]
+        return self.heads.loss(words=words, classes=batch.label, lam=self.config.heads.weight)
 
     def _bookkeep(self, batch: Batch, logits: Tensor, loss: Tensor, class_loss: Tensor) -> None:
         """Add to the running sums and look for non-finite losses, all on the device."""
@@ -262,6 +263,8 @@ class Trainer:
         """
         self.watch.check()
         broadcast_buffers(self.model)  # after the last step each rank has batch-norm statistics of its own
+        if self.heads is not None:
+            self.heads.synchronise()
         progress, run = self.progress, self.config.run
         sums = self.epoch_sums.read()
         count = sums["count"]

@@ -11,6 +11,7 @@ from rlp.distributed import average_gradients
 from rlp.errors import UserError
 from rlp.kernels.loss import MEMORY_BUDGET, check_impl
 from rlp.models.backbone import default_taps
+from rlp.models.banks import HeadBank
 from rlp.models.heads import RandomLabelHeads
 from rlp.models.taps import FeatureStore, Tap, check_pool, hook_taps, layout_of, probe, resolve_taps
 
@@ -81,14 +82,16 @@ def attach(
         if tap.name not in dims:
             handle.remove()
     store.features.clear()
+    banks = {
+        name: HeadBank(dim, draws, num_labels, hidden if layers == 2 else 0, seed, name) for name, dim in dims.items()
+    }
     heads = RandomLabelHeads(
-        dims,
+        banks,
         store,
         handles,
         num_labels,
         draws,
         seed,
-        hidden if layers == 2 else 0,
         split,
         image.device,
         impl,

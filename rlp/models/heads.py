@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from rlp.distributed import reduce_sum
+from rlp.distributed import broadcast_buffers, reduce_sum
 from rlp.errors import UserError
 from rlp.intervals import draw_interval
 from rlp.kernels.loss import MEMORY_BUDGET
+from rlp.kernels.problem import ClassOrder, sort_by_class
 from rlp.kernels.reference import RandomLabelLoss, Statistics
 from rlp.labels import random_labels, random_words
 from rlp.losses import correct, kappa, penalty_named
-from rlp.models.banks import HeadBank
+from rlp.models.banks import Bank
 from rlp.models.taps import FeatureStore
 
 MODES = ("online", "eval")
@@ -26,7 +27,10 @@ MODES = ("online", "eval")
 
 @dataclass(frozen=True)
 class TapMetrics:
-    """Reading of one head: tap, its place in depth (0 is the shallowest), draw, and means over ``count`` samples."""
+    """Reading of one head: tap, its place in depth (0 is the shallowest), draw, and means over ``count`` samples.
+
+    ``dim`` is the size of the head's input, ``kind`` and ``features`` what :func:`rlp.attach` was given.
+    """
 
     tap: str
     depth: int
@@ -38,6 +42,8 @@ class TapMetrics:
     count: int
     num_labels: int
     dim: int
+    kind: str = "shared"
+    features: str = "raw"
 
 
 class RandomLabelHeads(nn.Module):
@@ -49,7 +55,8 @@ class RandomLabelHeads(nn.Module):
     end.
 
     Attributes:
-        tap_names, dims: the L taps in the order of the forward pass, and the features D that each has.
+        tap_names, dims: the L taps in the order of the forward pass, and the size D of a head's input at each.
+        kind, features, num_classes: as :func:`rlp.attach` was given them (0 classes where nobody asks for them).
         steps: how many times :meth:`loss` was called, int64 on the device, part of ``state_dict()``.
         last_fit: fit loss at each tap in the latest :meth:`loss`, mean over draws and batch, ``[L]`` on the device.
         last_penalty: penalty in the latest :meth:`loss`, also where λ is 0: mean over taps, draws and batch,
@@ -60,13 +67,12 @@ class RandomLabelHeads(nn.Module):
 
     def __init__(
         self,
-        dims: Mapping[str, int],
+        banks: Mapping[str, Bank],
         store: FeatureStore,
         handles: Sequence[RemovableHandle],
         num_labels: int,
         draws: int,
         seed: int,
-        hidden: int,
         split: str,
         device: torch.device,
         impl: str = "auto",
@@ -74,24 +80,31 @@ class RandomLabelHeads(nn.Module):
     ) -> None:
         super().__init__()
         self.impl, self.memory_budget = impl, memory_budget
-        self.tap_names, self.dims = list(dims), list(dims.values())
+        self.tap_names, self.dims = list(banks), [bank.dim for bank in banks.values()]
+        first = next(iter(banks.values()))
+        self.kind, self.features, self.num_classes = first.kind, first.features, first.num_classes
         self.num_labels, self.draws, self.seed, self.split = num_labels, draws, seed, split
-        banks = [HeadBank(dim, draws, num_labels, hidden, seed, name) for name, dim in dims.items()]
-        self.banks = nn.ModuleList(banks).to(device)
+        self.banks = nn.ModuleList(banks.values()).to(device)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
         for mode in MODES:  # sums of loss, of correct, and number of samples
-            sums = torch.zeros(len(dims), draws, 3, dtype=torch.float64, device=device)
+            sums = torch.zeros(len(banks), draws, 3, dtype=torch.float64, device=device)
             self.register_buffer(f"{mode}_sums", sums, persistent=False)
         random_words(seed, torch.zeros(1, dtype=torch.int64), draws, split)  # so that a compiled step knows the stream
         self._store = store
         self._detach = weakref.finalize(self, _remove, list(handles), store)
-        self.last_fit = torch.zeros(len(dims), device=device)
+        self.last_fit = torch.zeros(len(banks), device=device)
         self.last_penalty = torch.zeros((), device=device)
 
     # -- losses ----------------------------------------------------------------------------------------------
 
     def loss(
-        self, index: Tensor | None = None, *, words: Tensor | None = None, lam: float = 0.0, penalty: str = "forget"
+        self,
+        index: Tensor | None = None,
+        *,
+        words: Tensor | None = None,
+        classes: Tensor | None = None,
+        lam: float = 0.0,
+        penalty: str = "forget",
     ) -> Tensor:
         """Fit loss of all heads plus ``lam`` times the penalty, each with its own route for gradients.
 
@@ -102,6 +115,8 @@ class RandomLabelHeads(nn.Module):
         Args:
             index: int64 ``[B]`` sample ids of the batch, from which the random words follow; or
             words: int64 ``[B, draws]`` the words themselves, in [0, 2^32), as a .beton has them.
+            classes: int64 ``[B]`` in [0, num_classes), each sample's given class, for heads of kind ``per_class``;
+                others do not look at it.
             lam: weight λ >= 0 of the penalty, a number.
             penalty: ``forget`` or ``uniform`` (:data:`rlp.losses.PENALTIES`).
 
@@ -109,20 +124,20 @@ class RandomLabelHeads(nn.Module):
             A scalar.
 
         Raises:
-            UserError: the network has not run since the last call, batch sizes differ, λ is not a number >= 0, or it
-                is above 0 and the features carry no gradient.
+            UserError: the network has not run since the last call, batch sizes differ, classes are missing, λ is not
+                a number >= 0, or it is above 0 and the features carry no gradient.
         """
         penalty_of = penalty_named(penalty)
         if isinstance(lam, Tensor) or not 0 <= lam < math.inf:
             raise UserError(f"lam is {lam!r}; expected a finite number of at least 0")
         features = self._take_features()
-        target = self._targets(index, words, features)
+        target, order = self._targets(index, words, features), self._classes(classes, features)
         if lam and torch.is_grad_enabled() and not any(x.requires_grad for x in features):
             raise UserError(
                 f"lam is {lam}, but no tap's features carry a gradient, so the penalty cannot reach the network; "
                 "expected a forward pass outside torch.no_grad() of a network that is not frozen"
             )
-        found = self._losses(features, target, bool(lam))
+        found = self._losses(features, target, bool(lam), order)
         fits = torch.stack([fit for fit, _ in found])
         penalties = torch.stack([penalty_of(stats).mean(0).sum() for _, stats in found]).sum()
         self._add("online", fits, [stats for _, stats in found])
@@ -132,23 +147,37 @@ class RandomLabelHeads(nn.Module):
         return fits.sum() + lam * penalties if lam else fits.sum()
 
     @torch.no_grad()
-    def evaluate(self, index: Tensor | None = None, *, words: Tensor | None = None) -> None:
-        """Add the batch to the sums of mode ``eval``; arguments as for :meth:`loss`."""
+    def evaluate(
+        self, index: Tensor | None = None, *, words: Tensor | None = None, classes: Tensor | None = None
+    ) -> None:
+        """Add the batch to the sums of mode ``eval``; arguments as for :meth:`loss`.
+
+        The heads themselves are in eval mode meanwhile: running statistics, no dropout. With several ranks call
+        :meth:`synchronise` first, for each rank has running statistics of its own batches.
+        """
         features = self._take_features()
-        target = self._targets(index, words, features)
-        found = self._losses(features, target, False)
+        target, order = self._targets(index, words, features), self._classes(classes, features)
+        modes = [(module, module.training) for module in self.banks.modules()]
+        try:
+            self.banks.eval()
+            found = self._losses(features, target, False, order)
+        finally:
+            for module, training in modes:
+                module.training = training
         self._add("eval", torch.stack([fit for fit, _ in found]), [stats for _, stats in found])
 
-    def _losses(self, features: Sequence[Tensor], target: Tensor, penalised: bool) -> list[RandomLabelLoss]:
+    def _losses(
+        self, features: Sequence[Tensor], target: Tensor, penalised: bool, classes: ClassOrder | None
+    ) -> list[RandomLabelLoss]:
         """Of every tap's bank."""
-        banks = [cast(HeadBank, bank) for bank in self.banks]
+        banks = [cast(Bank, bank) for bank in self.banks]
         return [
-            bank.loss(x, target, penalised, self.impl, self.memory_budget)
+            bank.loss(x, target, penalised, self.impl, self.memory_budget, classes)
             for bank, x in zip(banks, features, strict=True)
         ]
 
     def _take_features(self) -> list[Tensor]:
-        """Features ``[B, D]`` of every tap from the latest forward pass, which are then used up."""
+        """Features ``[B, *shape]`` of every tap from the latest forward pass, which are then used up."""
         stored, device = self._store.features, self.steps.device
         missing = [name for name in self.tap_names if name not in stored]
         if missing:
@@ -157,9 +186,11 @@ class RandomLabelHeads(nn.Module):
             )
         features = [stored[name] for name in self.tap_names]
         stored.clear()
-        for name, dim, x in zip(self.tap_names, self.dims, features, strict=True):
-            if x.shape[1] != dim:
-                raise UserError(f"tap '{name}' gives {x.shape[1]} features; its heads were made for {dim}")
+        for name, bank, x in zip(self.tap_names, self.banks, features, strict=True):
+            shape = cast(Bank, bank).shape
+            if tuple(x.shape[1:]) != shape:
+                found, made = (" x ".join(map(str, sizes)) for sizes in (x.shape[1:], shape))
+                raise UserError(f"tap '{name}' gives {found} features; its heads were made for {made}")
             if x.device != device:
                 raise UserError(f"tap '{name}' is on {x.device}, its heads on {device}; expected one device")
             if len(x) != len(features[0]):
@@ -188,6 +219,25 @@ class RandomLabelHeads(nn.Module):
         if index is not None:
             given = random_words(self.seed, given, self.draws, self.split)
         return random_labels(given, self.num_labels)
+
+    def _classes(self, classes: Tensor | None, features: list[Tensor]) -> ClassOrder | None:
+        """The batch's classes in order, once for all taps; None where the heads do not ask."""
+        if not self.num_classes:
+            return None
+        batch = len(features[0])
+        if not isinstance(classes, Tensor) or classes.dtype != torch.int64 or tuple(classes.shape) != (batch,):
+            given = f"{classes.dtype} of shape {[*classes.shape]}" if isinstance(classes, Tensor) else f"{classes!r}"
+            raise UserError(
+                f"heads of kind per_class got classes = {given}; expected each sample's class, int64 [{batch}]"
+            )
+        return sort_by_class(classes.to(features[0].device, non_blocking=True), self.num_classes)
+
+    def synchronise(self) -> None:
+        """Give every rank the running statistics of rank 0, which are those that checkpoints hold.
+
+        For features that are not raw and copied batch norms. With several ranks every one must call it.
+        """
+        broadcast_buffers(self.banks)
 
     # -- readings --------------------------------------------------------------------------------------------
 
@@ -220,6 +270,7 @@ class RandomLabelHeads(nn.Module):
             TapMetrics(
                 tap=name, depth=depth, draw=draw, loss=loss / count, accuracy=right / count,
                 kappa=kappa(right / count, n), chance=1 / n, count=int(count), num_labels=n, dim=self.dims[depth],
+                kind=self.kind, features=self.features,
             )
             for depth, (name, rows) in enumerate(zip(self.tap_names, totals, strict=True))
             for draw, (loss, right, count) in enumerate(rows)
@@ -243,7 +294,10 @@ class RandomLabelHeads(nn.Module):
         tables = [_table(mode, rows) for mode in MODES if (rows := self.metrics(mode, reset))]
         if not tables:
             return "no samples yet: call heads.loss or heads.evaluate first"
-        facts = f"{self.num_labels} random labels, {self.draws} draws, heads trained for {int(self.steps)} batches"
+        facts = (
+            f"{self.num_labels} random labels, {self.draws} draws, heads {self.kind}, features {self.features}, "
+            f"heads trained for {int(self.steps)} batches"
+        )
         return "\n\n".join([facts, *tables])
 
     # -- hooks -----------------------------------------------------------------------------------------------

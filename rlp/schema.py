@@ -105,6 +105,13 @@ class DataConfig(Section, name="data"):
         None, "given labels from a file (.npy, .npz, .pt as CIFAR-N's, .csv, .txt), one for each sample", not_empty
     )
     label_key: str | None = key(None, "the array or column of data.label_file", not_empty)
+    canary_noise: float = key(0.0, "share of the training samples whose image is replaced by noise", between(0, 0.3))
+    canary_mislabelled: float = key(
+        0.0, "share of the training samples that get another class, whatever the label noise", between(0, 0.3)
+    )
+    canary_duplicates: float = key(
+        0.0, "share of the training samples that show another one's image, with its label", between(0, 0.3)
+    )
     mean: tuple[float, float, float] | None = key(
         None, "mean of the pixels by channel, 255 being 1; null for the card's"
     )

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from rlp.data.batch import Batch, Schedule
 from rlp.data.beton import Beton
+from rlp.data.canaries import Canaries, Gallery
 from rlp.data.decode import DAMAGED, GONE, SUSPECT, decode_images, plan_of, read_words
 from rlp.data.geometry import Geometry, fill_of
 from rlp.data.native import JpegDecoder, register
@@ -51,12 +52,20 @@ class HostReader:
         schedule: gives the seed, and whether this is training.
         workers: decoding threads, at least 1.
         pinned: a device whose context pinned memory belongs to; None for ordinary memory.
+        canaries: what is planted, if anything.
     """
 
     def __init__(
-        self, beton: Beton, geometry: Geometry, schedule: Schedule, workers: int, pinned: torch.device | None
+        self,
+        beton: Beton,
+        geometry: Geometry,
+        schedule: Schedule,
+        workers: int,
+        pinned: torch.device | None,
+        canaries: Canaries | None = None,
     ) -> None:
         register()
+        self._gallery = Gallery(beton.card, canaries)
         self._beton, self._geometry, self._schedule, self._pinned = beton, geometry, schedule, pinned
         self._files = np.array([file.handle for file in beton.files], np.int32)
         self._layout, self._ids = beton.layout, beton.index
@@ -81,6 +90,7 @@ class HostReader:
         """
         self._beton.check_unchanged()
         rows = np.ascontiguousarray(rows)  # strided rows would compile everything once more
+        shown = self._gallery.rows(rows)
         images = self._empty((len(rows), *self._side, 3), torch.uint8)
         words = self._empty((len(rows), self._beton.card.draws), torch.int32)
         plan = plan_of(self._geometry, self._schedule.train, self._schedule.seed, epoch)
@@ -92,7 +102,7 @@ class HostReader:
                 part = slice(first, last)
                 ids, outputs = self._ids[rows[part]], (images.numpy()[part], state[part])
                 first += decode_images(
-                    rows[part], ids, self._layout, self._files, decoder.handle, plan, self._fill, *outputs
+                    shown[part], ids, self._layout, self._files, decoder.handle, plan, self._fill, *outputs
                 )
                 if first < last or state[last - 1]:
                     decoder.renew()
@@ -101,12 +111,17 @@ class HostReader:
         bounds = np.linspace(0, len(rows), min(self._workers, len(rows)) + 1).astype(int).tolist()
         list(self._pool.map(decode, bounds[:-1], bounds[1:]))
         if state.any():
-            self._explain(rows, state)
+            self._explain(rows, shown, state)
+        self._gallery.hang_noise(images.numpy(), rows, self._ids[rows], plan, self._fill)
         return images, words
 
-    def _explain(self, rows: np.ndarray, state: np.ndarray) -> None:
-        """Raise for what could not be read; a JPEG decoded with a warning is fine if its bytes are those written."""
-        for row in rows[state == GONE].tolist():
+    def _explain(self, words: np.ndarray, rows: np.ndarray, state: np.ndarray) -> None:
+        """Raise for what could not be read; a JPEG decoded with a warning is fine if its bytes are those written.
+
+        ``words`` are the rows whose words were read, ``rows`` those whose images were.
+        """
+        gone = state == GONE
+        for row in [*rows[gone].tolist(), *words[gone].tolist()]:
             self._beton.check_unchanged()
             self._beton.crc32(row)  # reads it again, and says what is wrong
             raise UserError(f"{self._beton.path} could not be read at sample {self._ids[row]}, and then it could")
@@ -148,7 +163,7 @@ class FFCVLoader:
         self._name, self._index, self._schedule, self._device = str(beton.path), beton.index, schedule, device
         self._in_use = InUse(self._name)
         pinned = device if device.type == "cuda" else None
-        self._reader = HostReader(beton, geometry or Geometry(), schedule, workers, pinned)
+        self._reader = HostReader(beton, geometry or Geometry(), schedule, workers, pinned, view.canaries)
 
     def epoch(self, epoch: int, start: int = 0) -> Generator[Batch, None, None]:
         """The batches of ``epoch`` from step ``start`` on."""

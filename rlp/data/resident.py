@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rlp.data.batch import Batch, Schedule
 from rlp.data.beton import Beton
+from rlp.data.canaries import DeviceGallery, Gallery
 from rlp.data.geometry import Geometry, fill_of, move
 from rlp.data.prefetch import InUse
 from rlp.data.shared import SharedBytes, share
@@ -102,6 +103,10 @@ class ResidentLoader:
         compiled = device.type == "cpu" and find_spec("numba") is not None
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix=f"gather {beton.path.name}") if compiled else None
         self._ahead, self._in_use = 2 * workers, InUse(str(beton.path))
+        self._gallery = Gallery(beton.card, view.canaries)
+        self._on_device = None
+        if view.canaries is not None and not compiled:
+            self._on_device = DeviceGallery(beton, view.canaries, device)
 
     def epoch(self, epoch: int, start: int = 0) -> Generator[Batch, None, None]:
         """The batches of ``epoch`` from step ``start`` on."""
@@ -129,7 +134,10 @@ class ResidentLoader:
 
     def _indexed(self, held: _DeviceSet, rows: Tensor, epoch: int) -> Batch:
         # One row an image: torch copies whole rows, but goes through a tensor of four dimensions pixel by pixel.
-        images = held.images.flatten(1).index_select(0, rows).view(len(rows), *held.images.shape[1:])
+        shown = rows if self._on_device is None else self._on_device.rows(rows)
+        images = held.images.flatten(1).index_select(0, shown).view(len(rows), *held.images.shape[1:])
+        if self._on_device is not None:
+            images = self._on_device.hang_noise(images, rows)
         index = held.index.index_select(0, rows)
         if self._schedule.train:
             images = move(images, index, epoch, self._schedule.seed, self._geometry, self._fill)
@@ -143,8 +151,9 @@ class ResidentLoader:
         assert held.host is not None  # on a CPU
         all_images, all_ids = held.host
         images = np.empty((len(rows), *all_images.shape[1:]), np.uint8)
-        rows, ids = np.ascontiguousarray(rows), all_ids[rows]
-        gather_images(all_images, rows, ids, plan, np.array(self._fill, np.uint8), images)
+        ids, fill = all_ids[rows], np.array(self._fill, np.uint8)
+        gather_images(all_images, self._gallery.rows(rows), ids, plan, fill, images)
+        self._gallery.hang_noise(images, rows, ids, plan, fill)
         return self._batch(held, *(torch.from_numpy(column) for column in (images, rows, ids)))
 
     def _batch(self, held: _DeviceSet, images: Tensor, rows: Tensor, index: Tensor) -> Batch:

@@ -6,6 +6,7 @@ choices by size go by one word for each sample: in each class, whatever is kept 
 that word. So a share of a long tail and a long tail of a share nest too.
 
 The steps come in one order: near-duplicates, share, long tail, members. Label noise depends on the sample alone.
+Canaries (:mod:`rlp.data.canaries`) are planted last, among what is left.
 """
 
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from rlp.data.beton import Beton
+from rlp.data.canaries import LARGEST, Canaries, Shares, plant
 from rlp.data.duplicates import dropped_samples
 from rlp.data.label_noise import NoiseKind, given_labels, labels_from_file
 from rlp.errors import UserError
@@ -23,6 +25,7 @@ from rlp.labels import member_mask, named_word
 from rlp.philox import random_bits
 
 Members = Literal["members", "non-members"]
+CANARY_KEYS = ("canary_noise", "canary_mislabelled", "canary_duplicates")
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,9 @@ class ViewOptions:
         noise_kind: which wrong class: see :func:`rlp.data.label_noise.given_labels`.
         label_file: given labels from a file, see :func:`rlp.data.label_noise.labels_from_file`.
         label_key: its key or column.
+        canary_noise: share of the samples whose image is replaced by noise.
+        canary_mislabelled: share of the samples that are given another class, whatever the label noise.
+        canary_duplicates: share of the samples that show another sample's image and have its label.
     """
 
     fraction: float = 1.0
@@ -54,6 +60,14 @@ class ViewOptions:
     noise_kind: NoiseKind = "symmetric"
     label_file: str | None = None
     label_key: str | None = None
+    canary_noise: float = 0.0
+    canary_mislabelled: float = 0.0
+    canary_duplicates: float = 0.0
+
+    @property
+    def canaries(self) -> Shares:
+        """The shares of canaries by kind."""
+        return Shares(self.canary_noise, self.canary_mislabelled, self.canary_duplicates)
 
     def __post_init__(self) -> None:
         for key, value in (("fraction", self.fraction), ("member_fraction", self.member_fraction)):
@@ -61,6 +75,9 @@ class ViewOptions:
                 raise UserError(f"data.{key} is {value}; expected a number above 0 and up to 1")
         if not 0 <= self.label_noise <= 1:
             raise UserError(f"data.label_noise is {self.label_noise}; expected a number from 0 to 1")
+        for key, share in zip(CANARY_KEYS, self.canaries, strict=True):
+            if not 0 <= share <= LARGEST:
+                raise UserError(f"data.{key} is {share}; expected a number from 0 to {LARGEST}")
         if not 1 <= self.imbalance < float("inf"):
             raise UserError(f"data.imbalance is {self.imbalance}; expected a number of at least 1")
         for key, value, kinds in (("members", self.members, Members), ("noise_kind", self.noise_kind, NoiseKind)):
@@ -92,7 +109,8 @@ class View:
         label: given labels of all rows, seen or not, int64 [N].
         steps: what each choice left.
         noise: what the labels are, in words; empty for the true ones.
-        wrong: how many of the samples in the view have a label that is not the true one.
+        wrong: how many of the samples in the view have a label that is not that of the image they show.
+        canaries: what is planted; None where nothing is asked for.
     """
 
     ids: np.ndarray
@@ -100,6 +118,17 @@ class View:
     steps: tuple[Step, ...] = ()
     noise: str = ""
     wrong: int = 0
+    canaries: Canaries | None = None
+
+    @property
+    def planted(self) -> np.ndarray:
+        """Kind of canary of all rows: one of :data:`rlp.data.canaries.KINDS`, or empty; text [N]."""
+        return self.canaries.planted if self.canaries is not None else np.full(len(self.label), "")
+
+    @property
+    def shown(self) -> np.ndarray:
+        """Row whose image each row shows, int64 [N]; the true label of what is seen is that row's."""
+        return self.canaries.shown if self.canaries is not None else np.arange(len(self.label))
 
     def describe(self) -> list[str]:
         """The view in lines for a log; none for the whole set with its true labels."""
@@ -110,6 +139,9 @@ class View:
         ]
         if self.noise:
             lines.append(f"{self.noise}: {self.wrong:,} of {len(self.ids):,} labels are wrong ({self.rate:.2%})")
+        if self.canaries is not None:
+            counts = ", ".join(f"{count:,} {kind}" for kind, count in self.canaries.counts().items())
+            lines.append(f"canaries: {counts} of {len(self.ids):,} samples")
         return lines
 
     @property
@@ -119,19 +151,22 @@ class View:
 
     @property
     def sha256(self) -> str:
-        """Hash of the samples and of all labels: tells whether a run goes on with the view that it began with."""
+        """Hash of samples, labels and canaries: tells whether a run goes on with the view that it began with."""
         digest = hashlib.sha256(len(self.ids).to_bytes(8, "little"))
-        for column in (self.ids, self.label):
+        planted = (self.canaries.kind, self.canaries.shown) if self.canaries is not None else ()
+        for column in (self.ids, self.label, *planted):
             digest.update(np.ascontiguousarray(column, "<i8").tobytes())
         return digest.hexdigest()
 
     def summary(self) -> dict[str, Any]:
         """The same as numbers, for a file of the run."""
+        planted = {"canaries": self.canaries.counts()} if self.canaries is not None else {}
         return {
             "samples": len(self.ids),
             "steps": [vars(step) for step in self.steps],
             "labels": self.noise or "true",
             "wrong_labels": self.wrong,
+            **planted,
         }
 
 
@@ -155,7 +190,11 @@ def make_view(beton: Beton, options: ViewOptions) -> View:
     elif options.label_noise > 0:
         label = given_labels(beton, options.label_noise, options.noise_kind)
         noise = f"data.label_noise {options.label_noise} ({options.noise_kind})"
-    return View(rows, label, tuple(steps), noise, int((label[rows] != beton.label[rows]).sum()))
+    canaries, true = None, beton.label
+    if any(options.canaries):
+        canaries, label = plant(beton, rows, label, options.canaries)
+        true = true[canaries.shown]
+    return View(rows, label, tuple(steps), noise, int((label[rows] != true[rows]).sum()), canaries)
 
 
 def _choices(beton: Beton, options: ViewOptions) -> list[tuple[str, Callable[[np.ndarray], np.ndarray]]]:

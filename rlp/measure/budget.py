@@ -6,6 +6,7 @@ gradient descent learns directions of large variance first.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -43,7 +44,7 @@ class BudgetCurve:
         return (n * self.correct.mean(axis=2) - 1) / (n - 1)
 
     def area(self, n: int) -> np.ndarray:
-        """Mean κ over ``log2(steps)`` from the first to the last, by trapezoids, float64 ``[H]``; of one point its κ."""
+        """Mean κ over ``log2(steps)``, first to last, by trapezoids, float64 ``[H]``; of one point its κ."""
         kappa, place = self.kappa(n), np.log2(self.steps)
         if len(place) == 1:
             return kappa[0]
@@ -101,7 +102,7 @@ def fit_budget(
     Raises:
         UserError: an argument is out of range or does not fit, or features are not finite.
     """
-    if not steps or min(steps) < 1 or any(a >= b for a, b in zip(steps, steps[1:], strict=False)):
+    if not steps or min(steps) < 1 or any(a >= b for a, b in pairwise(steps)):
         raise UserError(f"steps is {list(steps)}; expected ascending numbers of steps, the first at least 1")
     if batch_size < 1 or not lr > 0:
         raise UserError(f"batch_size is {batch_size}, lr {lr}; expected at least 1, and a number above 0")

@@ -28,6 +28,7 @@ from rlp.measure.whiten import Whitening
 
 __all__ = ["BudgetCurve", "HeadFit", "HeadSpec", "fit_budget", "fit_converged"]
 
+LINEAR = HeadSpec()
 TOLERANCE = 1e-4
 SURE = math.log(9.0)
 """``z_t - lse_rest`` from which on a label has a probability of 0.9."""
@@ -77,7 +78,7 @@ def fit_converged(
     x: Tensor,
     target: Tensor,
     n: int,
-    spec: HeadSpec = HeadSpec(),
+    spec: HeadSpec = LINEAR,
     *,
     classes: Tensor | None = None,
     num_classes: int = 0,
@@ -100,8 +101,8 @@ def fit_converged(
     - ``separated``: every sample's label has a probability of 0.9 or more. A linear head can then lower its loss to 0
       by growing alone, so that from here on log p tells when one stopped, not what the features hold.
     - ``gradient``: the gradient's norm, on whitened features, is at most `tolerance` times that at zero weights.
-    - ``loss``: ten steps lowered the loss by no more than ``tolerance / 100`` of its fall so far, or float32 shows no
-      step that lowers it.
+    - ``loss``: twenty steps lowered the loss by no more than ``tolerance / 100`` of its fall so far, or float32 shows
+      no step that lowers it.
     - ``steps``: `max_steps` passes over the samples were made; the head has not converged.
 
     Of a head per class the worst reason of its classes counts.
@@ -216,7 +217,8 @@ class _Objective:
             part.sum().backward()
             loss += part.detach()
             least = torch.minimum(least, (found.stats.z_t - found.stats.lse_rest).detach().amin(0))
-        assert weight.grad is not None and bias.grad is not None
+        assert weight.grad is not None
+        assert bias.grad is not None
         gradient = torch.cat([weight.grad, bias.grad.unsqueeze(2)], dim=2).flatten(1)
         return loss, gradient, least >= SURE
 

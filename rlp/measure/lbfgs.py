@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
-MEMORY = 10
+MEMORY = 20
 """Pairs of steps and gradient differences that a problem keeps."""
-WINDOW = 10
+WINDOW = 20
 """Accepted steps over which the loss must still fall."""
 ARMIJO, SLOPE = 1e-4, 0.8
 ROUNDING = 1e-7

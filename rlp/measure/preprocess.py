@@ -75,9 +75,9 @@ class Preprocess:
         return torch.cat([self._part(part) for part in chunks(x)])
 
     def _part(self, x: Tensor) -> Tensor:
-        centred = x.double().sub_(self.mean) if x.dtype != torch.float64 else x - self.mean
+        centred = x.double() - self.mean
         if self.kind == "normalised":
             length = centred.norm(dim=1, keepdim=True)
             return (centred * torch.where(length > 0, self.dim**0.5 / length, 0.0)).float()
         centred *= self.scale
-        return centred.float() if self.matrix is None else centred.float() @ self.matrix
+        return (centred if self.matrix is None else centred @ self.matrix.double()).float()

@@ -127,7 +127,7 @@ def principal_axes(x: Tensor, mean: Tensor, scale: Tensor | None = None) -> tupl
     """
     scale = torch.ones_like(mean) if scale is None else scale
     if len(x) < x.shape[1]:
-        return _axes_of_few(((x.double() - mean) * scale))
+        return _axes_of_few((x.double() - mean) * scale)
     covariance = mean.new_zeros(x.shape[1], x.shape[1])
     for part in chunks(x):
         centred = (part.double() - mean).mul_(scale)

@@ -12,7 +12,7 @@ from rlp.seeding import named_seed
 
 LEARNING_RATE, BATCH_SIZE = 1e-3, 512
 IMPROVEMENT = 0.01
-"""An epoch counts as better if the mean loss is this share below the best so far."""
+"""An epoch counts as better if the mean loss is this share below that of the last better one."""
 PATIENCE_EPOCHS, PATIENCE_STEPS = 5, 200
 """A plateau is as many epochs, and as many steps of the optimiser, without a better epoch."""
 CUTS, CUT = 3, 0.2
@@ -33,7 +33,7 @@ def train_two_layer(
 
     AdamW without weight decay on minibatches of 512, learning rate 1e-3; all heads share the batches and the learning
     rate, and are judged by the mean of their losses, as draws of one condition may be. When neither 5 epochs nor 200
-    steps have brought an epoch's loss 1% below the best, the learning rate falls to a fifth; at the fourth such plateau
+    steps have brought an epoch's loss 1% below the last such epoch's, the learning rate falls to a fifth; at the fourth such plateau
     training ends, with the reason ``loss``. It ends before, with ``separated``, when every head gives every sample's
     label a probability of 0.9, and after `max_epochs` with ``steps``.
 
@@ -47,8 +47,8 @@ def train_two_layer(
     best, waited, cuts, reason, epoch = torch.inf, 0, 0, "steps", 0
     for epoch in range(1, max_epochs + 1):
         loss = _epoch(heads, optimizer, batches, x, target)
-        waited = 0 if loss < (1 - IMPROVEMENT) * best else waited + 1
-        best = min(best, loss)
+        better = loss < (1 - IMPROVEMENT) * best
+        best, waited = (loss, 0) if better else (best, waited + 1)
         if progress is not None:
             progress(f"epoch {epoch}, loss {loss:.4f}, learning rate {optimizer.param_groups[0]['lr']:.1g}")
         if loss < 1 - SURE and bool(_sure(heads, x, target).all()):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlp.errors import UserError
 from rlp.measure.spectrum import (
     SMALLEST_DEVIATION,
     check_features,
@@ -53,5 +54,11 @@ class Whitening:
         return cls(mean, scale[:, None] * axes[:, :rank] / variances[:rank].sqrt(), rank)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Whitened features, float32 ``[N, R]``."""
+        """Whitened features, float32 ``[N, R]``.
+
+        Raises:
+            UserError: the features have another width than those that it was made from.
+        """
+        if x.shape[1] != len(self.mean):
+            raise UserError(f"the features have the shape {[*x.shape]}; expected [N, {len(self.mean)}]")
         return torch.cat([((part.double() - self.mean) @ self.matrix).float() for part in chunks(x)])

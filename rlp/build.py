@@ -16,6 +16,7 @@ from rlp.data.view import View, ViewOptions, make_view
 from rlp.distributed import World
 from rlp.errors import UserError
 from rlp.models import RandomLabelHeads, attach, build_model
+from rlp.models.attach import check_together
 from rlp.schema import DataConfig, TrainConfig
 from rlp.trainer import Data
 
@@ -134,6 +135,7 @@ def build_network(config: TrainConfig, card: Card, device: torch.device) -> tupl
     heads = config.heads
     if not heads.taps:
         return model, None
+    check_together(heads.kind, heads.features, heads.layers, heads.pool, "heads.")
     attached = attach(
         model,
         taps=list(heads.taps),
@@ -146,5 +148,9 @@ def build_network(config: TrainConfig, card: Card, device: torch.device) -> tupl
         example=torch.zeros(1, 3, height, width, device=device),
         impl=heads.impl,
         memory_budget=heads.memory_mb * 2**20,
+        kind=heads.kind,
+        features=heads.features,
+        width=heads.width,
+        num_classes=len(card.classes),
     )
     return model, attached

@@ -149,9 +149,20 @@ class ModelConfig(Section, name="model"):
 class HeadsConfig(Section, name="heads"):
     """The random-label heads: where they sit, what they predict, how they train, and the penalty's weight λ."""
 
-    taps: tuple[str, ...] = key((), "modules whose output feeds heads, as paths or globs; empty for no heads")
+    taps: tuple[str, ...] = key((), "modules whose output feeds heads: paths, globs, or depth:d; empty for no heads")
     draws: int = key(8, "independent random labellings, one head each, at every tap", at_least(1))
     num_labels: int = key(10, "random labels n to tell apart", between(2, 2**31 - 1))
+    kind: Literal["shared", "per_class", "copied"] = key(
+        "shared",
+        "one head a draw; one for each draw and class; or each head a copy of all modules behind its tap, which costs "
+        "as much as running them once more for each draw",
+    )
+    features: Literal["raw", "standardised", "normalised", "projected"] = key(
+        "raw",
+        "what heads get of the features: as they are, each with mean 0 and deviation 1, each sample centred and of one "
+        "length, or standardised and projected at random to heads.width; running statistics",
+    )
+    width: int = key(128, "features after the projection where heads.features is projected", at_least(1))
     layers: int = key(1, "layers of a head", between(1, 2))
     hidden: int = key(512, "width of the hidden layer where heads.layers is 2", at_least(1))
     pool: str = key(

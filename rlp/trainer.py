@@ -108,7 +108,7 @@ class Trainer:
             SystemExit: with status :data:`INTERRUPTED` after SIGTERM, a checkpoint saved.
             NonFiniteError: a loss became NaN or infinite.
         """
-        for line in self.data.train.view.describe():
+        for line in (*self.data.train.view.describe(), *(self.heads.describe() if self.heads else [])):
             self.log.info(line)
         with _on_sigterm(self._terminate):
             row: dict[str, Any] = {}

@@ -5,13 +5,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from rlp.distributed import average_gradients
+from rlp.distributed import average_gradients, group_size
 from rlp.errors import UserError
 from rlp.kernels.loss import MEMORY_BUDGET, check_impl
 from rlp.models.backbone import default_taps
-from rlp.models.banks import HeadBank
+from rlp.models.banks import Bank, HeadBank, check_kind
+from rlp.models.copied import CopiedBank, hook_whole
+from rlp.models.featurize import check_features
 from rlp.models.heads import RandomLabelHeads
 from rlp.models.taps import FeatureStore, Tap, check_pool, hook_taps, layout_of, probe, resolve_taps
 
@@ -29,6 +32,10 @@ def attach(
     example: Tensor | None = None,
     impl: str = "auto",
     memory_budget: int = MEMORY_BUDGET,
+    kind: str = "shared",
+    features: str = "raw",
+    width: int = 128,
+    num_classes: int | None = None,
 ) -> RandomLabelHeads:
     """Put random-label heads at the taps of ``model``::
 
@@ -41,13 +48,15 @@ def attach(
 
     Works under autocast, ``torch.compile`` and DistributedDataParallel. Attach before the first call of a compiled
     model. With several ranks, call after the process group is up and wrap ``model`` alone, before or after: the heads
-    average their gradients themselves. Neither the model's output nor any global random state changes. The hooks go
+    average their gradients themselves (their running statistics, where they have any, are each rank's own until
+    :meth:`RandomLabelHeads.synchronise`). Neither the model's output nor any global random state changes. The hooks go
     with the heads: :meth:`RandomLabelHeads.detach_hooks` takes them off, and so does the end of the heads' life.
 
     Args:
         model: any network with images in and logits out.
         taps: module paths or globs, each with ``:in`` for the module's input and ``@POOL`` for a pooling of its own
-            (:func:`rlp.models.taps.resolve_taps`); by default those of :func:`rlp.models.default_taps`.
+            (:func:`rlp.models.taps.resolve_taps`), or ``depth:d``, the place d weighted modules before the end; by
+            default those of :func:`rlp.models.default_taps`.
         num_labels: random labels n >= 2 of each head.
         draws: independent random labellings H, one head each at every tap.
         seed: seed of the heads' weights and, where ``loss`` gets sample ids, of their random words.
@@ -60,31 +69,54 @@ def attach(
         impl: how the loss is computed, ``auto``, ``reference``, ``eager`` or ``triton``
             (:func:`rlp.kernels.loss.random_label_loss`).
         memory_budget: bytes that temporary logits of one tap may take; more is faster at a very large ``num_labels``.
+        kind: ``shared``, one head a draw (arXiv 2607.11541); ``per_class``, one for each draw and class, of which a
+            sample uses its given class's (arXiv 2411.19640): ``loss`` then needs ``classes``; or ``copied``, each head
+            a copy of all modules behind the tap with a last layer of its own, on the unpooled tensor (there, as "copy
+            depth"; :class:`rlp.models.copied.CopiedBank` says what it costs).
+        features: what the heads get of the features, ``raw``, ``standardised``, ``normalised`` or ``projected``
+            (:class:`rlp.models.featurize.Featurizer`).
+        width: features after the projection.
+        num_classes: C where the kind is ``per_class``; by default as many as the model has outputs.
 
     Raises:
-        UserError: a tap, pooling or number is wrong, or the model needs an ``example``.
+        UserError: a tap, pooling or number is wrong, settings do not go together, the model needs an ``example``, or
+            it cannot be cut at a tap of copied heads.
     """
-    _check(num_labels, draws, layers, hidden, seed, memory_budget)
+    _check(num_labels, draws, layers, hidden, width, seed, memory_budget)
     check_impl(impl)
     check_pool(pool, "attach")
+    check_kind(kind)
+    check_features(features)
+    check_together(kind, features, layers, pool, "")
     inner = _unwrap(model)
     found = resolve_taps(inner, _check_patterns(default_taps(inner) if taps is None else taps))
     store = FeatureStore()
-    handles = hook_taps(inner, found, pool, layout_of(inner), store)
+    if kind == "copied":
+        _check_unpooled(found)
+        handles = hook_whole(inner, found, store)
+    else:
+        handles = hook_taps(inner, found, pool, layout_of(inner), store)
+    banks: dict[str, Bank] = {}
     try:
-        image = _probe(inner, example)
-        dims = _dimensions(found, store, len(image))
+        image, outputs = _probe(inner, example)
+        for tap in _in_order(found, store, len(image)):
+            given = store.features[tap.name]
+            if kind == "copied":
+                banks[tap.name] = CopiedBank(inner, tap, given, draws, num_labels, seed)
+            else:
+                banks[tap.name] = HeadBank(
+                    given.shape[1], draws, num_labels, hidden if layers == 2 else 0, seed, tap.name,
+                    num_classes=_classes(num_classes, outputs) if kind == "per_class" else 0,
+                    features=features, width=width,
+                )  # fmt: skip
     except BaseException:
         for handle in handles:
             handle.remove()
         raise
     for tap, handle in zip(found, handles, strict=True):
-        if tap.name not in dims:
+        if tap.name not in banks:
             handle.remove()
     store.features.clear()
-    banks = {
-        name: HeadBank(dim, draws, num_labels, hidden if layers == 2 else 0, seed, name) for name, dim in dims.items()
-    }
     heads = RandomLabelHeads(
         banks,
         store,
@@ -97,15 +129,60 @@ def attach(
         impl,
         memory_budget,
     )
+    if kind == "copied":
+        _share(heads)
+    heads.synchronise()
     average_gradients(heads)
     return heads
 
 
-def _check(num_labels: int, draws: int, layers: int, hidden: int, seed: int, memory_budget: int) -> None:
+def _share(heads: nn.Module) -> None:
+    """Give every rank rank 0's copies: the network itself may differ between ranks until it is wrapped."""
+    if group_size() > 1:
+        for parameter in heads.parameters():
+            dist.broadcast(parameter.data, 0)
+
+
+def check_together(kind: str, features: str, layers: int, pool: str, section: str) -> None:
+    """Raise a UserError that names the keys, with ``section`` before them, where settings of heads contradict."""
+    if kind != "shared" and layers != 1:
+        raise UserError(f"{section}kind is {kind} and {section}layers is {layers}; expected 1, or the kind shared")
+    if kind == "copied" and features != "raw":
+        raise UserError(
+            f"{section}kind is copied and {section}features is {features}; expected raw, for copies read what the "
+            "network's own modules read"
+        )
+    if kind == "copied" and pool != "auto":
+        raise UserError(
+            f"{section}kind is copied and {section}pool is {pool}; expected auto, for copies read the unpooled tensor"
+        )
+
+
+def _check_unpooled(taps: Sequence[Tap]) -> None:
+    for tap in taps:
+        if tap.pool:
+            raise UserError(
+                f"tap '{tap.name}' has a pooling, but heads of kind copied read the unpooled tensor; expected "
+                f"'{tap.name.partition('@')[0]}'"
+            )
+
+
+def _classes(given: int | None, outputs: int | None) -> int:
+    """C of heads that each class has for itself."""
+    count = outputs if given is None else given
+    if count is None:
+        raise UserError("the model's output is not [B, C]; expected num_classes= for heads of kind per_class")
+    if count < 1:
+        raise UserError(f"num_classes is {count}; expected at least 1")
+    return count
+
+
+def _check(num_labels: int, draws: int, layers: int, hidden: int, width: int, seed: int, memory_budget: int) -> None:
     for name, value, least in (
         ("num_labels", num_labels, 2),
         ("draws", draws, 1),
         ("hidden", hidden, 1),
+        ("width", width, 1),
         ("memory_budget", memory_budget, 1),
     ):
         if value < least:
@@ -122,8 +199,8 @@ def _check_patterns(taps: Sequence[str]) -> Sequence[str]:
     return taps
 
 
-def _dimensions(taps: Sequence[Tap], store: FeatureStore, batch: int) -> dict[str, int]:
-    """Number of features D at each tap, in the order in which the forward pass came to the taps.
+def _in_order(taps: Sequence[Tap], store: FeatureStore, batch: int) -> list[Tap]:
+    """The taps in the order in which the forward pass came to them.
 
     A module that a glob found and the forward pass never calls, such as a ``ModuleList``, is left out.
     """
@@ -138,7 +215,8 @@ def _dimensions(taps: Sequence[Tap], store: FeatureStore, batch: int) -> dict[st
             raise UserError(
                 f"tap '{name}' gives {len(features)} rows for {batch} images; expected the batch as first dimension"
             )
-    return {name: features.shape[1] for name, features in store.features.items()}
+    by_name = {tap.name: tap for tap in taps}
+    return [by_name[name] for name in store.features]
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
@@ -152,8 +230,22 @@ def _unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def _probe(model: nn.Module, example: Tensor | None) -> Tensor:
-    """Run the model on ``example``, or on the first guess that it accepts; returns the images used."""
+def _probe(model: nn.Module, example: Tensor | None) -> tuple[Tensor, int | None]:
+    """Run the model on ``example``, or on the first guess that it accepts; images used, and outputs C of ``[B, C]``."""
+    outputs: list[int] = []
+
+    def note(module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.dim() == 2:
+            outputs.append(output.shape[1])
+
+    handle = model.register_forward_hook(note)
+    try:
+        return _run_probe(model, example), outputs[-1] if outputs else None
+    finally:
+        handle.remove()
+
+
+def _run_probe(model: nn.Module, example: Tensor | None) -> Tensor:
     parameter = next(model.parameters(), torch.zeros(()))
     if example is not None:
         example = example.to(parameter.device)

@@ -47,6 +47,10 @@ class Bank(nn.Module):
         """Fresh weights (and running statistics), a function of seed, tap, draw and generation alone."""
         raise NotImplementedError
 
+    def describe(self) -> str:
+        """What the heads are, in a line."""
+        raise NotImplementedError
+
     def forward(self, x: Tensor, classes: Tensor | None = None) -> Tensor:
         """Logits ``[B, H, n]`` of what the tap gives ``[B, *shape]``, with ordinary gradients."""
         raise NotImplementedError
@@ -140,6 +144,15 @@ class HeadBank(Bank):
                     # On the CPU, so that the numbers do not depend on the device.
                     fresh = torch.empty(parameter.shape[1:], device="cpu").uniform_(-bound, bound, generator=generator)
                     parameter[draw].copy_(fresh)
+
+    def describe(self) -> str:
+        """What the heads are, in a line."""
+        own = f" for each of {self.num_classes} classes" if self.num_classes else ""
+        layers = f"two-layer ({self.hidden} units)" if self.hidden else "linear"
+        return (
+            f"tap {self.tap}: {layers} heads, one a draw{own}, on {self.features} features "
+            f"({self.shape[0]} at the tap, {self.dim} into a head)"
+        )
 
     def forward(self, x: Tensor, classes: Tensor | None = None) -> Tensor:
         """Logits ``[B, H, n]`` of features ``[B, D]``, with ordinary gradients."""

@@ -18,7 +18,7 @@ from rlp.kernels.loss import MEMORY_BUDGET
 from rlp.kernels.problem import ClassOrder, sort_by_class
 from rlp.kernels.reference import RandomLabelLoss, Statistics
 from rlp.labels import random_labels, random_words
-from rlp.losses import correct, kappa, penalty_named
+from rlp.losses import DOF, NEEDS_ENTROPY, PENALTIES, RIDGE, check_penalty, correct, degrees_of_freedom, kappa
 from rlp.models.banks import Bank
 from rlp.models.taps import FeatureStore
 
@@ -61,6 +61,7 @@ class RandomLabelHeads(nn.Module):
         last_fit: fit loss at each tap in the latest :meth:`loss`, mean over draws and batch, ``[L]`` on the device.
         last_penalty: penalty in the latest :meth:`loss`, also where λ is 0: mean over taps, draws and batch,
             0-dim on the device.
+        first_draw: column of the random words that the first draw is; 0 until :meth:`restart` takes fresh draws.
     """
 
     steps: Tensor
@@ -94,6 +95,8 @@ class RandomLabelHeads(nn.Module):
         self._detach = weakref.finalize(self, _remove, list(handles), store)
         self.last_fit = torch.zeros(len(banks), device=device)
         self.last_penalty = torch.zeros((), device=device)
+        self.first_draw = 0
+        self._read: weakref.ref[Tensor] | None = None  # features that are in the readings already
 
     # -- losses ----------------------------------------------------------------------------------------------
 
@@ -103,48 +106,109 @@ class RandomLabelHeads(nn.Module):
         *,
         words: Tensor | None = None,
         classes: Tensor | None = None,
-        lam: float = 0.0,
+        lam: float | Mapping[str, float | Tensor] = 0.0,
         penalty: str = "forget",
+        ridge: float = RIDGE,
     ) -> Tensor:
         """Fit loss of all heads plus ``lam`` times the penalty, each with its own route for gradients.
 
         ``Σ_taps Σ_draws mean_batch(-log p)`` trains the heads alone (each as if it were the only one), and
-        ``lam · Σ_taps Σ_draws mean_batch(-log(1 - p))`` the network alone. With ``lam=0`` features are detached and
-        the network's gradient is untouched to the bit.
+        ``Σ_taps lam_tap · Σ_draws mean_batch(-log(1 - p))``, or another penalty, the network alone. Where λ is 0 the
+        features are detached, and the network's gradient is untouched to the bit.
 
         Args:
             index: int64 ``[B]`` sample ids of the batch, from which the random words follow; or
             words: int64 ``[B, draws]`` the words themselves, in [0, 2^32), as a .beton has them.
             classes: int64 ``[B]`` in [0, num_classes), each sample's given class, for heads of kind ``per_class``;
                 others do not look at it.
-            lam: weight λ >= 0 of the penalty, a number.
-            penalty: ``forget`` or ``uniform`` (:data:`rlp.losses.PENALTIES`).
+            lam: weight λ >= 0 of the penalty: a number for all taps, or a mapping of taps to numbers, or to 0-dim
+                tensors on the device that nobody looks at. Taps that the mapping leaves out have no penalty.
+            penalty: one of :data:`rlp.losses.PENALTY_NAMES`. ``joint`` lets the network *descend* the fit loss;
+                ``dof`` asks no head and counts once at a tap, whatever the number of draws.
+            ridge: ρ of ``dof`` (:func:`rlp.losses.degrees_of_freedom`).
 
         Returns:
             A scalar.
 
         Raises:
-            UserError: the network has not run since the last call, batch sizes differ, classes are missing, λ is not
-                a number >= 0, or it is above 0 and the features carry no gradient.
+            UserError: the network has not run since the last call, batch sizes differ, classes are missing, a λ is
+                not a number >= 0 or names no tap, or it is above 0 and the features carry no gradient.
         """
-        penalty_of = penalty_named(penalty)
-        if isinstance(lam, Tensor) or not 0 <= lam < math.inf:
-            raise UserError(f"lam is {lam!r}; expected a finite number of at least 0")
+        check_penalty(penalty)
+        lams = self._lams(lam)
+        on = [isinstance(value, Tensor) or value > 0 for value in lams]
         features = self._take_features()
         target, order = self._targets(index, words, features), self._classes(classes, features)
-        if lam and torch.is_grad_enabled() and not any(x.requires_grad for x in features):
+        if any(on) and torch.is_grad_enabled() and not any(x.requires_grad for x, o in zip(features, on) if o):
             raise UserError(
                 f"lam is {lam}, but no tap's features carry a gradient, so the penalty cannot reach the network; "
                 "expected a forward pass outside torch.no_grad() of a network that is not frozen"
             )
-        found = self._losses(features, target, bool(lam), order)
+        found = self._losses(features, target, on, order, penalty in NEEDS_ENTROPY)
         fits = torch.stack([fit for fit, _ in found])
-        penalties = torch.stack([penalty_of(stats).mean(0).sum() for _, stats in found]).sum()
+        if penalty == DOF:
+            inputs = [x if o else x.detach() for x, o in zip(features, on, strict=True)]
+            penalties = [degrees_of_freedom(x, ridge) for x in inputs]
+        else:
+            penalties = [PENALTIES[penalty](stats).mean(0).sum() for _, stats in found]
+        self._note(features, fits, found)
+        self._read = None
+        heads = len(fits) if penalty == DOF else fits.numel()
+        self.last_penalty = torch.stack([value.detach() for value in penalties]).sum() / heads
+        self.steps += 1
+        weighted = [value * part for value, part, o in zip(lams, penalties, on, strict=True) if o]
+        return fits.sum() + torch.stack(weighted).sum() if weighted else fits.sum()
+
+    def fit(self, index: Tensor | None = None, *, words: Tensor | None = None, classes: Tensor | None = None) -> Tensor:
+        """Fit loss alone, of features that stay at the taps: for more steps of the heads than of the network.
+
+        Between the network's forward pass and :meth:`loss`, as often as wanted::
+
+            logits = model(image)
+            for _ in range(4):
+                heads.fit(index).backward(); heads_optimizer.step(); heads_optimizer.zero_grad()
+            loss = F.cross_entropy(logits, label) + heads.loss(index, lam=1.0)
+
+        The readings (``online`` and ``last_fit``) are those of the first call on a batch, before any step on it; the
+        penalty is that of heads which have taken all the others.
+        """
+        features = self._take_features(keep=True)
+        target, order = self._targets(index, words, features), self._classes(classes, features)
+        found = self._losses(features, target, [False] * len(features), order)
+        fits = torch.stack([fit for fit, _ in found])
+        self._note(features, fits, found)
+        self._read = weakref.ref(features[0])
+        return fits.sum()
+
+    def _lams(self, lam: object) -> list[float | Tensor]:
+        """λ at every tap."""
+        if not isinstance(lam, Mapping):
+            return [_checked_lam(lam, "lam")] * len(self.tap_names)
+        unknown = [name for name in lam if name not in self.tap_names]
+        if unknown:
+            raise UserError(f"lam names the tap '{unknown[0]}'; expected one of {', '.join(self.tap_names)}")
+        given = cast(Mapping[str, object], lam)
+        return [_checked_lam(given.get(name, 0.0), f"lam of tap '{name}'", True) for name in self.tap_names]
+
+    def _note(self, features: Sequence[Tensor], fits: Tensor, found: Sequence[RandomLabelLoss]) -> None:
+        """The batch's reading, unless these very features have given one already."""
+        if self._read is not None and self._read() is features[0]:
+            return
         self._add("online", fits, [stats for _, stats in found])
         self.last_fit = fits.detach().mean(1)
-        self.last_penalty = penalties.detach() / fits.numel()
-        self.steps += 1
-        return fits.sum() + lam * penalties if lam else fits.sum()
+
+    def restart(self, number: int, fresh_draws: bool = False) -> None:
+        """Fresh weights for all heads, a function of their seed, names and ``number`` (from 1 on; 0 is the start).
+
+        With ``fresh_draws`` they also turn to the next random labels: draw k is then column ``number * draws + k`` of
+        the random words, which :meth:`loss` computes from ``index``; who gives ``words`` gives those columns. The
+        optimiser is the caller's, and so is emptying its state. Nothing else is touched, no global generator either.
+        """
+        if number < 0:
+            raise UserError(f"the restart's number is {number}; expected at least 0")
+        for bank in self.banks:
+            cast(Bank, bank).initialise(number)
+        self.first_draw = number * self.draws if fresh_draws else 0
 
     @torch.no_grad()
     def evaluate(
@@ -160,24 +224,29 @@ class RandomLabelHeads(nn.Module):
         modes = [(module, module.training) for module in self.banks.modules()]
         try:
             self.banks.eval()
-            found = self._losses(features, target, False, order)
+            found = self._losses(features, target, [False] * len(features), order)
         finally:
             for module, training in modes:
                 module.training = training
         self._add("eval", torch.stack([fit for fit, _ in found]), [stats for _, stats in found])
 
     def _losses(
-        self, features: Sequence[Tensor], target: Tensor, penalised: bool, classes: ClassOrder | None
+        self,
+        features: Sequence[Tensor],
+        target: Tensor,
+        penalised: Sequence[bool],
+        classes: ClassOrder | None,
+        entropy: bool = False,
     ) -> list[RandomLabelLoss]:
         """Of every tap's bank."""
         banks = [cast(Bank, bank) for bank in self.banks]
         return [
-            bank.loss(x, target, penalised, self.impl, self.memory_budget, classes)
-            for bank, x in zip(banks, features, strict=True)
+            bank.loss(x, target, on, self.impl, self.memory_budget, classes, entropy)
+            for bank, x, on in zip(banks, features, penalised, strict=True)
         ]
 
-    def _take_features(self) -> list[Tensor]:
-        """Features ``[B, *shape]`` of every tap from the latest forward pass, which are then used up."""
+    def _take_features(self, keep: bool = False) -> list[Tensor]:
+        """Features ``[B, *shape]`` of every tap from the latest forward pass, which are then used up unless kept."""
         stored, device = self._store.features, self.steps.device
         missing = [name for name in self.tap_names if name not in stored]
         if missing:
@@ -185,7 +254,8 @@ class RandomLabelHeads(nn.Module):
                 f"no features at tap '{missing[0]}'; call the network first, and the heads once after each call"
             )
         features = [stored[name] for name in self.tap_names]
-        stored.clear()
+        if not keep:
+            stored.clear()
         for name, bank, x in zip(self.tap_names, self.banks, features, strict=True):
             shape = cast(Bank, bank).shape
             if tuple(x.shape[1:]) != shape:
@@ -217,7 +287,7 @@ class RandomLabelHeads(nn.Module):
             )
         given = given.to(device, torch.int64, non_blocking=True)
         if index is not None:
-            given = random_words(self.seed, given, self.draws, self.split)
+            given = random_words(self.seed, given, self.draws, self.split, self.first_draw)
         return random_labels(given, self.num_labels)
 
     def _classes(self, classes: Tensor | None, features: list[Tensor]) -> ClassOrder | None:
@@ -285,6 +355,10 @@ class RandomLabelHeads(nn.Module):
         """Put back what :meth:`running_state` returned (on one rank, for it holds all ranks' share)."""
         self._sums("online").copy_(state["online"])
 
+    def describe(self) -> list[str]:
+        """What the heads are, in a line for each tap."""
+        return [cast(Bank, bank).describe() for bank in self.banks]
+
     def summary(self, reset: bool = False) -> str:
         """Text table of κ per tap, for each mode that has samples: mean and 95% interval over draws, beside chance.
 
@@ -311,6 +385,15 @@ class RandomLabelHeads(nn.Module):
 
     def __exit__(self, *_: object) -> None:
         self.detach_hooks()
+
+
+def _checked_lam(lam: object, name: str, tensor: bool = False) -> float | Tensor:
+    """λ, a finite number of at least 0, or a 0-dim tensor where one is allowed."""
+    if tensor and isinstance(lam, Tensor) and lam.dim() == 0:
+        return lam
+    if isinstance(lam, bool) or not isinstance(lam, int | float) or not 0 <= lam < math.inf:
+        raise UserError(f"{name} is {lam!r}; expected a finite number of at least 0")
+    return float(lam)
 
 
 def _remove(handles: list[RemovableHandle], store: FeatureStore) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 import difflib
 from fnmatch import fnmatchcase
+import re
 from typing import Any
 
 import torch
@@ -44,7 +45,8 @@ def resolve_taps(model: nn.Module, patterns: Sequence[str]) -> list[Tap]:
     Args:
         model: the backbone.
         patterns: ``PATH[:in|:out][@POOL]``, the path with globs in its parts: ``blocks.*`` (``*`` does not cross a
-            dot), ``**.conv1`` (``**`` stands for any number of parts).
+            dot), ``**.conv1`` (``**`` stands for any number of parts). ``depth:d`` is the place where the network can
+            be cut, d linear layers and convolutions or little more before its end (:func:`rlp.models.cut.depth_tap`).
 
     Raises:
         UserError: a pattern matches no module (near names are listed), or is not of that form.
@@ -53,10 +55,17 @@ def resolve_taps(model: nn.Module, patterns: Sequence[str]) -> list[Tap]:
     order = {path: place for place, path in enumerate(paths)}
     found: dict[str, Tap] = {}
     for pattern in patterns:
-        for tap in _taps_of(pattern, paths):
+        deep = re.fullmatch(r"depth:(\d+)", pattern)
+        for tap in [_tap_at_depth(model, int(deep[1]))] if deep else _taps_of(pattern, paths):
             if tap.required or tap.name not in found:
                 found[tap.name] = tap
     return sorted(found.values(), key=lambda tap: (order[tap.path], tap.side, tap.pool))
+
+
+def _tap_at_depth(model: nn.Module, depth: int) -> Tap:
+    from rlp.models.cut import depth_tap  # which takes its time to import, and needs Tap
+
+    return depth_tap(model, depth)
 
 
 def _taps_of(pattern: str, paths: list[str]) -> list[Tap]:

@@ -39,6 +39,9 @@ def _title(summary: dict[str, Any]) -> str:
     counts = ", ".join(f"{summary['data'][split]['num_samples']:,} {split}" for split in ("train", "val"))
     facts = [f"N = {counts}", f"λ = {summary['lam']:g}", plural(summary["epochs"], "epoch")]
     facts += [plural(summary["steps"], "step"), f"seed {summary['seed']}"]
+    # Heads of another kind, or on other features, are another measurement.
+    rows = summary["final"].get("heads") or []
+    facts += dict.fromkeys(f"{row['kind']} heads on {row['features']} features" for row in rows if "kind" in row)
     return "   ".join([*([name] if name else []), *facts])
 
 

@@ -1,0 +1,136 @@
+"""The figure of a finding: above, the readings of every contrast in order; below, the contrasts with their intervals."""
+
+from collections.abc import Sequence
+from io import BytesIO
+from typing import TYPE_CHECKING, Any
+
+from rlp.errors import UserError
+from rlp.reproduce.study import Study
+from rlp.reproduce.verdict import OPPOSITE, REPRODUCED, Judged
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe & Ito (2008): colours that stay apart for every kind of colour vision.
+BLUE, ORANGE, GREEN, PURPLE, SKY, BROWN, GREY = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8A5A00", "#666666",
+)  # fmt: skip
+STYLES = {
+    ("training heads, online", "κ"): (ORANGE, "D"),
+    ("training heads, eval", "κ"): (BROWN, "s"),
+    ("fresh heads, converged", "κ"): (BLUE, "o"),
+    ("fresh heads, converged", "Δ"): (SKY, "o"),
+    ("fresh heads, budget", "κ"): (GREEN, "^"),
+    ("fresh heads, budget", "Δ"): (PURPLE, "^"),
+}
+FORMATS = ("png", "pdf")
+DPI = 150
+
+
+def verdict_figure(study: Study, judged: Sequence[Judged]) -> "Figure":
+    """Two panels for each contrast."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("the figure needs the package matplotlib, which is not installed") from None
+    contrasts = list(dict.fromkeys(each.contrast for each in judged))
+    figure = Figure(figsize=(5.2 * len(contrasts) + 1.2, 7.4), layout="constrained")
+    axes = figure.subplots(2, len(contrasts), squeeze=False, height_ratios=(3, 2))
+    for column, contrast in enumerate(contrasts):
+        mine = [each for each in judged if each.contrast == contrast]
+        _draw_levels(axes[0][column], mine)
+        _draw_contrasts(axes[1][column], mine)
+    handles = {
+        label: handle for panel in axes[0] for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        list(handles.values()), list(handles), loc="outside lower center", ncols=min(3, len(handles)), fontsize=8,
+        frameon=False, title="bars: 95% intervals over seed, draw and sample", title_fontsize=8,
+    )  # fmt: skip
+    seeds = f"{len(study.seeds)} seeds x {study.draws} draws"
+    figure.suptitle(f"{study.finding.name} ({study.size.name}, {seeds})", fontsize=11)
+    return figure
+
+
+def _name(judged: Judged) -> str:
+    return judged.reading if judged.quantity == "accuracy" else f"{judged.reading}: {judged.quantity}"
+
+
+def _style(judged: Judged) -> tuple[str, str]:
+    return STYLES.get((judged.reading, judged.quantity), (GREY, "o"))
+
+
+def _draw_levels(axes: "Axes", judged: Sequence[Judged]) -> None:
+    """Each reading's level at every place of the contrast."""
+    for number, each in enumerate(judged):
+        colour, marker = _style(each)
+        across = [place + 0.04 * (number - (len(judged) - 1) / 2) for place in range(len(each.points))]
+        means = [shown.estimate.mean for shown in each.points]
+        axes.plot(across, means, color=colour, marker=marker, markersize=5, linewidth=1, label=_name(each))
+        _bars(axes, across, [shown.estimate for shown in each.points], colour, vertical=True)
+    first = judged[0].points
+    labels = [
+        shown.selection.label.replace(" last", "") if _one_tap(first) else shown.selection.label for shown in first
+    ]
+    axes.set_xticks(range(len(first)), labels, rotation=25, ha="right", fontsize=8)
+    axes.set_xlim(-0.5, len(first) - 0.5)
+    axes.axhline(0, color=GREY, linewidth=1)
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_ylabel("class accuracy" if judged[0].quantity == "accuracy" else "κ and Δ of random labels")
+    n = sorted({shown.facts["n"] for each in judged for shown in each.points if "n" in shown.facts})
+    facts = "" if not n else "\nn = " + ", ".join(f"{value:.0f}" for value in n)
+    counts = sorted({shown.facts["N"] for each in judged for shown in each.points if "N" in shown.facts})
+    facts += (
+        ""
+        if not counts
+        else "   N = " + " to ".join(dict.fromkeys(f"{value:,.0f}" for value in (counts[0], counts[-1])))
+    )
+    axes.set_title(judged[0].contrast.what + facts, fontsize=9)
+
+
+def _one_tap(points: Sequence[Any]) -> bool:
+    return all(shown.selection.tap == "last" for shown in points)
+
+
+def _draw_contrasts(axes: "Axes", judged: Sequence[Judged]) -> None:
+    """Each reading's contrast with its interval and verdict."""
+    margin = judged[0].contrast.margin if judged[0].contrast.expected == "chance" else 0.0
+    for number, each in enumerate(judged):
+        colour, marker = _style(each)
+        axes.plot([each.estimate.mean], [number], color=colour, marker=marker, linestyle="none")
+        _bars(axes, [number], [each.estimate], colour, vertical=False)
+        weight = "bold" if each.verdict in (REPRODUCED, OPPOSITE) else "normal"
+        axes.annotate(
+            each.verdict, (1.02, number), xycoords=("axes fraction", "data"), fontsize=8, va="center", weight=weight
+        )
+    axes.axvline(0, color=GREY, linewidth=1)
+    if margin:
+        axes.axvspan(-margin, margin, color=GREY, alpha=0.15)
+    axes.set_yticks(range(len(judged)), [_name(each) for each in judged], fontsize=7)
+    axes.set_ylim(len(judged) - 0.5, -0.5)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_xlabel(f"{_measure(judged[0])} (expected: {judged[0].contrast.expected})", fontsize=8)
+
+
+def _measure(judged: Judged) -> str:
+    count = len(judged.contrast.over)
+    return "level" if count == 1 else "last − first" if count == 2 else "rise of the fitted line, end to end"
+
+
+def _bars(axes: "Axes", places: Sequence[float], estimates: Sequence[Any], colour: str, vertical: bool) -> None:
+    """The intervals that are known."""
+    for place, estimate in zip(places, estimates, strict=True):
+        if estimate.low is None or estimate.high is None:
+            continue
+        ends = [estimate.low, estimate.high]
+        line = ([place, place], ends) if vertical else (ends, [place, place])
+        axes.plot(*line, color=colour, linewidth=2, alpha=0.6)
+
+
+def rendered(figure: "Figure", suffix: str) -> bytes:
+    """The file's content; equal figures give equal bytes."""
+    buffer = BytesIO()
+    metadata = {"CreationDate": None} if suffix == "pdf" else {"Software": None}
+    figure.savefig(buffer, format=suffix, dpi=DPI, metadata=metadata)
+    return buffer.getvalue()

@@ -17,9 +17,12 @@ NAMED_WORDS = ("noise", "noise_class", "member")
 WORD_RANGE = 2**32
 
 
-def random_words(seed: int, index: Array, draws: int, split: str = "train") -> Array:
-    """Random words of every sample, int64 ``[*index.shape, draws]`` in [0, 2^32); a column is one draw."""
-    return random_bits(seed, f"{split}.draw", index, draws)
+def random_words(seed: int, index: Array, draws: int, split: str = "train", first: int = 0) -> Array:
+    """Random words of every sample, int64 ``[*index.shape, draws]`` in [0, 2^32); a column is one draw.
+
+    ``first`` is the first draw's number: the columns are those of ``first + draws`` draws, without the first ones.
+    """
+    return random_bits(seed, f"{split}.draw", index, draws, first=first)
 
 
 def named_word(seed: int, index: Array, name: str, split: str = "train") -> Array:

@@ -1,4 +1,4 @@
-"""From statistics to losses: each a few operations on ``[B, H]``.
+"""From statistics to losses: each a few operations on ``[B, H]``; and one penalty that needs no head.
 
 With the margin ``d = z_t - lse_rest`` the head's probability of the random label is ``p = sigmoid(d)``, so
 
@@ -27,7 +27,8 @@ def fit_loss(stats: Statistics) -> Tensor:
 def forget_penalty(stats: Statistics) -> Tensor:
     """``-log(1 - p) = softplus(z_t - lse_rest)``, ``[B, H]`` (arXiv 2607.11541, with the sign that forgets).
 
-    Never computed through ``log(1 - softmax)``, which is infinite in float32 from a margin of 17 on.
+    Never computed through ``log(1 - softmax)``, which is infinite in float32 from a margin of 17 on. Its gradient in
+    the margin is p: it pulls where a sample is memorised, and hardly where it is not.
     """
     return F.softplus(stats.z_t - stats.lse_rest)
 
@@ -37,14 +38,95 @@ def uniform_penalty(stats: Statistics) -> Tensor:
     return torch.logaddexp(stats.z_t, stats.lse_rest) - stats.z_mean
 
 
-PENALTIES: dict[str, Callable[[Statistics], Tensor]] = {"forget": forget_penalty, "uniform": uniform_penalty}
+def entropy_penalty(stats: Statistics) -> Tensor:
+    """Negative entropy ``-H`` of the head's n probabilities in nats, ``[B, H]``, from -log n to 0.
+
+    By the chain rule of entropy ``H = h(p) + (1 - p) H_rest``, with h that of "the random label or another": all terms
+    are products of a probability and a softplus, so nothing overflows or cancels where p is 0 or 1. It does not look
+    at the label: a head that is sure of a wrong one is flattened as well. Needs the statistic ``entropy_rest``.
+    """
+    if stats.entropy_rest is None:
+        raise ValueError("the statistics have no entropy_rest; expected them to be computed with entropy=True")
+    d = stats.z_t - stats.lse_rest
+    p, rest = torch.sigmoid(d), torch.sigmoid(-d)
+    return -(p * F.softplus(-d) + rest * (F.softplus(d) + stats.entropy_rest))
+
+
+def reversal_penalty(stats: Statistics) -> Tensor:
+    """``log p``, ``[B, H]``: gradient reversal (Ganin & Lempitsky, 2015), the backbone ascends the fit loss.
+
+    Its gradient in the margin is 1 - p. It saturates where :func:`forget_penalty` acts, on samples whose label the
+    head is sure of, and has no lower bound where the label is already lost. Both belong to the definition.
+    """
+    return -fit_loss(stats)
+
+
+PENALTIES: dict[str, Callable[[Statistics], Tensor]] = {
+    "forget": forget_penalty,
+    "uniform": uniform_penalty,
+    "entropy": entropy_penalty,
+    "reversal": reversal_penalty,
+    "joint": fit_loss,
+}
+"""What the backbone minimises through the heads, by name.
+
+``joint`` is the opposite of a penalty: the fit loss itself, so that the backbone helps the heads. The accuracy that
+they reach together is what the network can memorise beside its task.
+"""
+
+DOF = "dof"
+"""The penalty that asks no head: :func:`degrees_of_freedom`."""
+PENALTY_NAMES = (*PENALTIES, DOF)
+NEEDS_ENTROPY = frozenset({"entropy"})
+"""Penalties that read the statistic ``entropy_rest``."""
+RIDGE = 0.1
+"""Default ρ of :func:`degrees_of_freedom`."""
+_SMALLEST = 1e-30
+
+
+def check_penalty(name: str) -> None:
+    """Raise a UserError unless ``name`` is one of :data:`PENALTY_NAMES`."""
+    if name not in PENALTY_NAMES:
+        raise UserError(f"penalty is '{name}'; expected one of {', '.join(PENALTY_NAMES)}")
 
 
 def penalty_named(name: str) -> Callable[[Statistics], Tensor]:
     """A penalty of :data:`PENALTIES` by name."""
-    if name not in PENALTIES:
-        raise UserError(f"penalty is '{name}'; expected one of {', '.join(PENALTIES)}")
+    check_penalty(name)
+    if name == DOF:
+        raise UserError("penalty 'dof' is a function of the features; expected one of " + ", ".join(PENALTIES))
     return PENALTIES[name]
+
+
+def degrees_of_freedom(x: Tensor, ridge: float = RIDGE) -> Tensor:
+    """Share of the batch that a ridge head could fit, ``tr(H) / B`` with ``H = G (G + B ρ I)^-1`` and ``G = X Xᵀ``.
+
+    X is centred and divided by one number, the root of the features' mean variance (with its gradient: otherwise
+    shrinking all features would look like progress). With the covariance's eigenvalues l_i in units of their mean,
+    the value is ``Σ l_i / (l_i + ρ) / B``, in [0, min(B - 1, D) / B].
+
+    H turns labels y into what a ridge head fitted to them on this batch predicts. For random labels, independent
+    with mean 0 and variance 1, ``E yᵀHy / B = tr(H) / B``: the mean agreement of labels and predictions over *all*
+    draws (for ±1 labels the head's Rademacher correlation; in statistics the fit's degrees of freedom, Efron 2004).
+    So no head stands for the rest, and none can be silenced alone.
+
+    Args:
+        x: features ``[B, ...]``; half precision is raised to float32.
+        ridge: ρ > 0, in units of the mean variance; eigen-directions well below it count for little.
+
+    Returns:
+        0-dim, float32 or float64; 0 for one sample or constant features, NaN for none.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        x = x.flatten(1)
+        x = x if x.dtype == torch.float64 else x.float()
+        batch, dim = x.shape
+        centred = x - x.mean(0)
+        scaled = centred * centred.square().mean().clamp_min(_SMALLEST).rsqrt()
+        gram = scaled @ scaled.T if batch <= dim else scaled.T @ scaled  # equal traces, the smaller matrix
+        shifted = gram + ridge * batch * torch.eye(len(gram), dtype=x.dtype, device=x.device)
+        factor = torch.linalg.cholesky_ex(shifted).L  # positive definite; unlike cholesky it asks the host nothing
+        return torch.cholesky_solve(gram, factor).diagonal().sum() / batch
 
 
 def correct(stats: Statistics) -> Tensor:

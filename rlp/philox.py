@@ -46,7 +46,7 @@ def philox4x32(counter: tuple[Array, Array, Array, Array], key: tuple[int, int])
     return c0, c1, c2, c3
 
 
-def random_bits(seed: int, stream: str, index: Array, count: int, epoch: int = 0) -> Array:
+def random_bits(seed: int, stream: str, index: Array, count: int, epoch: int = 0, first: int = 0) -> Array:
     """``count`` random 32-bit words for every sample id.
 
     Args:
@@ -55,6 +55,7 @@ def random_bits(seed: int, stream: str, index: Array, count: int, epoch: int = 0
         index: int64 sample ids in [0, 2^32), any shape, NumPy or torch on any device.
         count: words per sample; the first words do not depend on it.
         epoch: integer in [0, 2^32); 0 for what never changes.
+        first: leave out so many words at the start.
 
     Returns:
         int64, shape ``[*index.shape, count]``, values in [0, 2^32), of the same kind and on the device of ``index``.
@@ -63,10 +64,11 @@ def random_bits(seed: int, stream: str, index: Array, count: int, epoch: int = 0
         raise ValueError(f"seed is {seed}; expected an integer in [0, 2^64)")
     is_torch = isinstance(index, torch.Tensor)
     ids: Any = index.long() if is_torch else np.asarray(index, dtype=np.int64)
-    blocks = -(-count // 4)
-    block: Any = torch.arange(blocks, device=ids.device) if is_torch else np.arange(blocks, dtype=np.int64)
-    zero = ids[..., None] * 0 + block * 0  # [*index.shape, blocks]
+    skip, begin = first % 4, first // 4
+    end = -(-(first + count) // 4)
+    block: Any = torch.arange(begin, end, device=ids.device) if is_torch else np.arange(begin, end, dtype=np.int64)
+    zero = ids[..., None] * 0 + block * 0  # [*index.shape, end - begin]
     counter = (zero + ids[..., None], zero + epoch, zero + block, zero + stream_id(stream))
     words: Any = philox4x32(counter, (seed & _MASK, seed >> 32))
     stacked: Any = torch.stack(words, dim=-1) if is_torch else np.stack(words, axis=-1)
-    return stacked.reshape(*ids.shape, 4 * blocks)[..., :count]
+    return stacked.reshape(*ids.shape, 4 * (end - begin))[..., skip : skip + count]

@@ -139,7 +139,8 @@ class RandomLabelHeads(nn.Module):
         on = [isinstance(value, Tensor) or value > 0 for value in lams]
         features = self._take_features()
         target, order = self._targets(index, words, features), self._classes(classes, features)
-        if any(on) and torch.is_grad_enabled() and not any(x.requires_grad for x, o in zip(features, on) if o):
+        reached = any(x.requires_grad for x, o in zip(features, on, strict=True) if o)
+        if any(on) and torch.is_grad_enabled() and not reached:
             raise UserError(
                 f"lam is {lam}, but no tap's features carry a gradient, so the penalty cannot reach the network; "
                 "expected a forward pass outside torch.no_grad() of a network that is not frozen"

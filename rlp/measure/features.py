@@ -41,8 +41,8 @@ class FeatureSet:
     Attributes:
         group, split: ``members`` or ``non-members``; the split of the file that they lie in.
         ids: sample ids, int64 ``[N]``, ascending.
-        given, true: class labels, int64 ``[N]``.
-        planted: kind of planted truth of each sample, ``""`` for none, text ``[N]``.
+        given, true: class labels, int64 ``[N]``; true is that of the image which is shown.
+        planted: kind of canary of each sample, ``""`` for none, text ``[N]``.
         words: fresh random words, int64 ``[N, K]`` in [0, 2^32); none that a run has trained with.
         logits: class logits, float32 ``[N, C]``.
         features: of each tap, shallowest first, float32 ``[N, D]``.
@@ -121,21 +121,12 @@ def extract(
         split=chosen.split,
         ids=ids,
         given=chosen.view.label[rows],
-        true=chosen.beton.label[rows],
-        planted=planted_kinds(chosen),
+        true=chosen.beton.label[chosen.view.shown[rows]],
+        planted=chosen.view.planted[rows],
         words=probe_words(seed, chosen.split, ids, draws),
         logits=arrays[-1],
         features=dict(zip(names, arrays[:-1], strict=True)),
     )
-
-
-def planted_kinds(group: Group) -> np.ndarray:
-    """Kind of planted truth of each sample, text ``[N]``; ``""`` where nothing is planted."""
-    planted: Any = getattr(group.view, "planted", None)
-    kinds = np.full(len(group.view.ids), "", dtype=object)
-    for kind, ids in (planted or {}).items():
-        kinds[np.isin(group.ids, ids)] = kind
-    return kinds.astype(str)
 
 
 @dataclass(frozen=True)
@@ -158,7 +149,8 @@ class _Wanted:
         parts = [_VERSION, weights, repr(run.config.model), run.config.heads.pool, [tap.name for tap in self.taps]]
         parts += [group.beton.card.sha256, hashlib.sha256(group.view.ids.tobytes()).hexdigest(), self.mode, self.view]
         parts += [repr(run.geometry), repr(augmentation(run)), repr(run.config.data.mean), repr(run.config.data.std)]
-        parts += [repr(getattr(group.view, "planted", None))]
+        shown = (group.view.shown[group.view.ids], group.view.planted[group.view.ids].astype("S"))
+        parts += [hashlib.sha256(column.tobytes()).hexdigest() for column in shown]
         if self.view is not None:
             data = run.config.data
             parts += [run.config.run.seed, data.cutout, data.color_jitter, data.randaugment]

@@ -1,4 +1,4 @@
-"""The figure of a finding: above, the readings of every contrast in order; below, the contrasts with their intervals."""
+"""The figure of a finding: above, the readings of every contrast in order; below, its estimate by each reading."""
 
 from collections.abc import Sequence
 from io import BytesIO
@@ -78,15 +78,17 @@ def _draw_levels(axes: "Axes", judged: Sequence[Judged]) -> None:
     axes.axhline(0, color=GREY, linewidth=1)
     axes.grid(axis="y", alpha=0.3)
     axes.set_ylabel("class accuracy" if judged[0].quantity == "accuracy" else "κ and Δ of random labels")
-    n = sorted({shown.facts["n"] for each in judged for shown in each.points if "n" in shown.facts})
-    facts = "" if not n else "\nn = " + ", ".join(f"{value:.0f}" for value in n)
-    counts = sorted({shown.facts["N"] for each in judged for shown in each.points if "N" in shown.facts})
-    facts += (
-        ""
-        if not counts
-        else "   N = " + " to ".join(dict.fromkeys(f"{value:,.0f}" for value in (counts[0], counts[-1])))
-    )
-    axes.set_title(judged[0].contrast.what + facts, fontsize=9)
+    axes.set_title(f"{judged[0].contrast.what}\n{_facts(judged)}".strip(), fontsize=9)
+
+
+def _facts(judged: Sequence[Judged]) -> str:
+    """n and N, which no κ is shown without."""
+    facts = [shown.facts for each in judged for shown in each.points if shown.facts]
+    if not facts:
+        return ""
+    n, counts = sorted({fact["n"] for fact in facts}), sorted({fact["N"] for fact in facts})
+    ends = dict.fromkeys(f"{count:,.0f}" for count in (counts[0], counts[-1]))
+    return f"n = {', '.join(f'{value:.0f}' for value in n)}   N = {' to '.join(ends)}"
 
 
 def _one_tap(points: Sequence[Any]) -> bool:

@@ -4,7 +4,7 @@ A contrast orders readings, for example one tap after the other, and says whethe
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 import difflib
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,7 +27,7 @@ class Selection:
 
     Attributes:
         variant: which training.
-        tap: ``first``, ``last``, or a tap's name.
+        tap: ``first``, ``before last``, ``last``, or a tap's name.
         trained: share of the epochs done, above 0 and up to 1.
     """
 
@@ -76,6 +76,7 @@ class Finding:
         settings: for all variants.
         sizes: further settings for all variants of one size.
         note: what to keep in mind when the verdict is read.
+        fresh: options of the fresh heads' reading, on top of the size's.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Finding:
     settings: dict[str, Any]
     sizes: dict[str, dict[str, Any]]
     note: str = ""
+    fresh: dict[str, Any] = field(default_factory=dict)
 
     def settings_of(self, variant: str, size: str) -> dict[str, Any]:
         """All settings of one variant by ``section.key``; the variant's own win."""
@@ -103,7 +105,7 @@ class Size:
             null: they must be given.
         settings: by ``section.key``, below those of the finding.
         threads: of the processor for each training.
-        fresh: options of the fresh heads' reading.
+        fresh: options of the fresh heads' reading, for each protocol.
         about: a sentence.
     """
 
@@ -112,7 +114,7 @@ class Size:
     data: Path | None
     settings: dict[str, Any]
     threads: int
-    fresh: dict[str, Any]
+    fresh: dict[str, dict[str, Any]]
     about: str
 
 
@@ -158,6 +160,9 @@ def load_size(name: str) -> Size:
         about=fields.take("about", str),
     )
     fields.finish()
+    for protocol, options in size.fresh.items():
+        if protocol not in ("converged", "budget") or not isinstance(options, dict):
+            raise UserError(f"{path}: fresh.{protocol} is {options!r}; expected options below converged and budget")
     if size.threads < 1:
         raise UserError(f"{path}: threads is {size.threads}; expected at least 1")
     return size
@@ -189,6 +194,7 @@ def read_finding(path: Path) -> Finding:
         settings=_settings(fields.take("settings", dict, {}), f"{path}: settings"),
         sizes={name: _settings(value, f"{path}: sizes.{name}") for name, value in sizes.items()},
         note=fields.take("note", str, ""),
+        fresh=fields.take("fresh", dict, {}),
     )
     fields.finish()
     for name in sizes:

@@ -25,7 +25,7 @@ TRAINING = ("training heads, online", "training heads, eval")
 in eval mode on the training images at the end of the epoch."""
 FRESH = ("fresh heads, converged", "fresh heads, budget")
 """Ours: heads fitted to the frozen network's features with random labels of their own, to convergence, or for a fixed
-number of steps."""
+number of steps; on which features, the size's file says."""
 PROTOCOL = {"fresh heads, converged": "converged", "fresh heads, budget": "budget"}
 MODE = {"training heads, online": "online", "training heads, eval": "eval"}
 
@@ -76,9 +76,10 @@ def matched_samples(study: Study, contrast: Contrast) -> int:
 
 def _tap(name: str, heads: Sequence[Row]) -> str:
     taps = [tap for _, tap in sorted({(row["depth"], row["tap"]) for row in heads})]
-    known = {"first": taps[0], "last": taps[-1]} | {tap: tap for tap in taps} if taps else {}
+    known = {"first": taps[0], "before last": taps[max(0, len(taps) - 2)], "last": taps[-1]} if taps else {}
+    known |= {tap: tap for tap in taps}
     if name not in known:
-        raise UserError(f"tap '{name}' has no head in the runs; expected first, last or one of {', '.join(taps)}")
+        raise UserError(f"tap '{name}' has no head in the runs; expected one of {', '.join(known)}")
     return known[name]
 
 
@@ -123,15 +124,19 @@ def training_values(study: Study, selection: Selection, seed: int, point: Point,
 
 
 def probe_tasks(study: Study, points: Iterable[tuple[Selection, int, Point]]) -> list[tuple[str, Callable[[], None]]]:
-    """What has to be probed and was not yet: one task for each run, epoch and number of samples."""
-    wanted: dict[Path, tuple[str, Callable[[], None]]] = {}
+    """What has to be probed and was not yet: one task for each run, epoch, number of samples and protocol."""
+    taps: dict[tuple[str, int, int, int | None], list[str]] = {}
     for selection, seed, point in points:
-        folder = probe_folder(study, selection, seed, point)
-        options = _options(study, selection, seed, point)
-        if folder not in wanted and not _is_probed(folder, options):
-            run = study.folder(selection.variant, seed)
-            wanted[folder] = (f"{selection.variant}, seed {seed}", _prober(run, options))
-    return list(wanted.values())
+        known = taps.setdefault((selection.variant, seed, point.epoch, point.samples), [])
+        known += [point.tap] if point.tap not in known else []
+    tasks = []
+    for (variant, seed, epoch, samples), names in taps.items():
+        for protocol in PROTOCOL.values():
+            point = Point(names[0], epoch, samples)
+            options = _options(study, variant, seed, point, protocol, sorted(names))
+            if not _is_probed(Path(options.out or ""), options):
+                tasks.append((f"{variant}, seed {seed}, {protocol}", _prober(study.folder(variant, seed), options)))
+    return tasks
 
 
 def _prober(run: Path, options: ProbeOptions) -> Callable[[], None]:
@@ -141,29 +146,26 @@ def _prober(run: Path, options: ProbeOptions) -> Callable[[], None]:
     return call
 
 
-def probe_folder(study: Study, selection: Selection, seed: int, point: Point) -> Path:
+def probe_folder(study: Study, variant: str, seed: int, point: Point, protocol: str) -> Path:
     """Where the fresh heads' readings of a run lie."""
-    parts = [f"epoch{point.epoch}", "" if point.samples is None else f"N{point.samples}"]
-    return study.folder(selection.variant, seed) / "measure" / "reproduce" / "-".join(filter(None, parts))
+    parts = [protocol, f"epoch{point.epoch}", "" if point.samples is None else f"N{point.samples}"]
+    return study.folder(variant, seed) / "measure" / "reproduce" / "-".join(filter(None, parts))
 
 
-def _options(study: Study, selection: Selection, seed: int, point: Point) -> ProbeOptions:
-    run = study.folder(selection.variant, seed)
-    row = epoch_row(run, point.epoch / _epochs(run)[-1]["epoch"])
+def _options(study: Study, variant: str, seed: int, point: Point, protocol: str, taps: Sequence[str]) -> ProbeOptions:
+    run = study.folder(variant, seed)
+    row = next(row for row in _epochs(run) if row["epoch"] == point.epoch)
     checkpoint = checkpoint_path(run / "checkpoints", row["step"])
     if not checkpoint.is_file():
         raise UserError(f"{checkpoint} is missing; expected it to be kept: set run.keep_last to all epochs")
-    settings: dict[str, Any] = {"protocols": ("converged", "budget")} | _tuples(study.size.fresh)
-    settings |= {"n": (row["heads"][0]["num_labels"],), "draws": study.draws, "samples": point.samples}
-    folder = probe_folder(study, selection, seed, point)
+    chosen = study.size.fresh.get(protocol, {}) | study.finding.fresh
+    settings: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in chosen.items()}
+    settings |= {"protocols": (protocol,), "n": (row["heads"][0]["num_labels"],), "draws": study.draws}
+    settings |= {"taps": tuple(taps), "samples": point.samples, "checkpoint": str(checkpoint)}
     try:
-        return ProbeOptions(checkpoint=str(checkpoint), out=str(folder), **settings)
+        return ProbeOptions(out=str(probe_folder(study, variant, seed, point, protocol)), **settings)
     except TypeError as error:
         raise UserError(f"size {study.size.name}: fresh holds a key that the probe does not know: {error}") from None
-
-
-def _tuples(settings: dict[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
 
 
 def _is_probed(folder: Path, options: ProbeOptions) -> bool:
@@ -185,7 +187,7 @@ def _probed(folder: Path) -> tuple[list[Row], list[Reading]]:
 
 def fresh_values(study: Study, selection: Selection, seed: int, point: Point, protocol: str) -> Values:
     """The fresh heads' κ at a point by draw and sample, of members and of as many non-members."""
-    rows, readings = _probed(probe_folder(study, selection, seed, point))
+    rows, readings = _probed(probe_folder(study, selection.variant, seed, point, protocol))
     row = _one([r for r in rows if (r["tap"], r["protocol"]) == (point.tap, protocol)], point, protocol)
     parts = [
         _one([r for r in readings if _matches(r, point.tap, protocol, group)], point, protocol)

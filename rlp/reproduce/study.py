@@ -112,17 +112,17 @@ def in_parallel(tasks: Sequence[tuple[str, Callable[[], None]]], jobs: int, what
     """Call all tasks, ``jobs`` at a time, with a bar; the first failure ends it once those that run have ended."""
     from tqdm import tqdm
 
-    with tqdm(total=done + len(tasks), initial=done, desc=what, unit=" runs", disable=None) as bar:
-        with ThreadPoolExecutor(max(1, jobs)) as pool:
-            futures = {pool.submit(call): name for name, call in tasks}
-            try:
-                for future in as_completed(futures):
-                    future.result()
-                    bar.set_postfix_str(f"{futures[future]} done", refresh=False)
-                    bar.update()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+    total = done + len(tasks)
+    with tqdm(total=total, initial=done, desc=what, disable=None) as bar, ThreadPoolExecutor(jobs) as pool:
+        futures = {pool.submit(call): name for name, call in tasks}
+        try:
+            for future in as_completed(futures):
+                future.result()
+                bar.set_postfix_str(f"{futures[future]} done", refresh=False)
+                bar.update()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _check_same(folder: Path, config: TrainConfig) -> None:

@@ -72,9 +72,9 @@ def as_markdown(study: Study, judged: Sequence[Judged], environment: dict[str, A
         "",
         *_reading_table(judged),
         "",
-        "κ = (n·accuracy − 1)/(n − 1): 0 at chance. Δ = κ of members − κ of non-members. Controls: *class-only*, κ from",
-        "knowing the class alone; *untrained*, the same network with fresh weights; *noise*, Gaussian features of equal",
-        "covariance; *leak*, the heads on samples that they were not fitted to, which must lie at 0.",
+        "κ = (n·accuracy − 1)/(n − 1): 0 at chance. Δ = κ of members − κ of non-members. Controls: *class-only*, κ",
+        "from knowing the class alone; *untrained*, the same network with fresh weights; *noise*, Gaussian features of",
+        "equal covariance; *leak*, the heads on samples that they were not fitted to, which must lie at 0.",
         "",
         "## How",
         "",
@@ -86,7 +86,10 @@ def as_markdown(study: Study, judged: Sequence[Judged], environment: dict[str, A
         "",
         *(f"- {variant}: `{finding.settings_of(variant, study.size.name)}`" for variant in study.variants),
         "",
-        f"The whole configurations lie in `configs/`. {packages}; {environment['cpu']}; Python {environment['python']}.",
+        f"Fresh heads: `{study.size.fresh}`"
+        + (f", on top of it `{finding.fresh}`" if finding.fresh else "")
+        + f". The whole configurations lie in `configs/`. {packages}; {environment['cpu']}; "
+        f"Python {environment['python']}.",
         "",
     ]
     return "\n".join(lines)

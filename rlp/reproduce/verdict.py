@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -160,8 +161,7 @@ def _same_samples(values: Sequence[Values]) -> bool:
         return False
     known = [value.ids for value in values]
     return all(
-        a is not None and b is not None and all(map(np.array_equal, a, b))
-        for a, b in zip(known, known[1:], strict=False)
+        one is not None and other is not None and all(map(np.array_equal, one, other)) for one, other in pairwise(known)
     )
 
 
@@ -169,11 +169,15 @@ def _combined(values: Sequence[Values], paired: bool) -> tuple[np.ndarray, np.nd
     """The contrast's sum for one seed: of members, and of non-members, [K, N], or [K, 1] of means."""
 
     def total(parts: Sequence[np.ndarray]) -> np.ndarray:
-        parts = parts if paired else [part.mean(axis=1, keepdims=True) for part in parts]
-        return sum((w * part for w, part in zip(weights(len(parts)), parts, strict=True)), np.zeros(1))
+        return _weighted(parts if paired else [part.mean(axis=1, keepdims=True) for part in parts])
 
     others = [value.others for value in values if value.others is not None]
     return total([value.members for value in values]), total(others) if others else None
+
+
+def _weighted(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """The contrast's sum of arrays of one shape."""
+    return np.einsum("i,i...->...", weights(len(parts)), np.stack(parts))
 
 
 def _estimate(sums: Sequence[tuple[np.ndarray, np.ndarray | None]], quantity: str) -> Estimate:

@@ -1,7 +1,8 @@
 """The page of one or several runs: python -m rlp.report RUN... [--out FILE].
 
 One HTML file with everything inside: curves, κ and Δ against depth beside their controls, scores, images and every
-reading. What is missing is said, with the command that makes it. Exit status: 0; 2 for a user's mistake; 130 after Ctrl-C.
+reading. What is missing is said, with the command that makes it. Exit status: 0; 2 for a user's mistake; 130 after
+Ctrl-C.
 """
 
 import argparse

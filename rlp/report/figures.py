@@ -47,7 +47,7 @@ def write_figures(run_dir: str | Path, summary: Row | None = None) -> list[Path]
     if epochs[-1].get("heads"):
         figures["depth"] = depth_figure(epochs[-1], summary)
     return [
-        write_atomically(run_dir / "figures" / f"{name}.{suffix}", _rendered(figure, suffix))
+        write_atomically(run_dir / "figures" / f"{name}.{suffix}", rendered(figure, suffix))
         for name, figure in figures.items()
         for suffix in FORMATS
     ]
@@ -124,7 +124,7 @@ def new_figure(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _rendered(figure: "Figure", suffix: str) -> bytes:
+def rendered(figure: "Figure", suffix: str) -> bytes:
     """The file's content; the same figure gives the same bytes, so neither time nor version is written into it."""
     metadata = {"CreationDate": None} if suffix == "pdf" else {"Software": None}
     buffer = BytesIO()

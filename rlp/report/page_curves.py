@@ -143,10 +143,10 @@ def _compared(runs: list[ReportRun]) -> Html:
     ]
     return join([
         run_legend(runs),
-        grid_of(panels, caption="The runs beside each other, a line each; κ is the mean over draws, its draws, controls "
-                "and conditions are with each run below.",
-                below="Runs that differ in more than one setting do not say which of them made the difference; one "
-                "seed each cannot say that any did."),
+        grid_of(panels, caption="The runs beside each other, a line each; κ is the mean over draws, its draws, "
+                "controls and conditions are with each run below.",
+                below="Runs that differ in more than one setting do not say which of them made the difference; "
+                "one seed each cannot say that any did."),
     ])  # fmt: skip
 
 

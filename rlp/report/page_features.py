@@ -1,11 +1,12 @@
-"""What lies behind κ: the budget curve, the features' spectrum, the Rademacher reading and planted truth."""
+"""What lies behind κ: the budget curve and the features' spectrum, and what page_bounds.py adds to them."""
 
 from collections.abc import Sequence
 
-from rlp.report.figures import depth_colours
-from rlp.report.page_estimates import condition, counted, ends_of, estimate_cell, mean_of, shown, span
-from rlp.report.page_html import Cell, Html, element, is_number, join, number_cell, table
-from rlp.report.page_probe import GREY, draw_estimates
+from rlp.report.figures import depth_colours, draw_tap_axis
+from rlp.report.page_bounds import planted, rademacher
+from rlp.report.page_estimates import condition, shown, span
+from rlp.report.page_html import Html, element, is_number, join
+from rlp.report.page_probe import GREY
 from rlp.report.page_run import ReportRun
 from rlp.report.page_svg import RUN_COLOURS, depth_legend, grid_of, inline_svg, legend, panel
 from rlp.runlog import Row
@@ -26,8 +27,8 @@ def _of_run(run: ReportRun, number: int, named: bool) -> list[Html]:
     found = [
         _budget(run, number),
         _spectra([row for row in probe.get("spectra") or [] if isinstance(row, dict)], number),
-        _rademacher([row for row in probe.get("rademacher") or [] if isinstance(row, dict)], number),
-        _planted([row for row in probe.get("planted") or [] if isinstance(row, dict)]),
+        rademacher([row for row in probe.get("rademacher") or [] if isinstance(row, dict)], number),
+        planted([row for row in probe.get("planted") or [] if isinstance(row, dict)]),
     ]
     parts = [part for part in found if part]
     return [element("h3", run.name), *parts] if named and parts else parts
@@ -51,11 +52,13 @@ def _budget(run: ReportRun, number: int) -> Html:
         for place, ((_, n), group) in enumerate(groups.items())
     ]
     caption = (
-        f"κ of members (solid) and non-members (dashed) after so many steps of the heads, mean over {span([r['draws'] for r in rows])} draws; "
-        f"{'; '.join(dict.fromkeys(name for name, _ in groups))}. n = {span([r['n'] for r in rows])} (chance is κ 0), "
-        f"N = {span([r['N'] for r in rows])}. Intervals and controls of the area under the curve are in the table of all readings."
+        f"κ of members (solid) and non-members (dashed) after so many steps of the heads, mean over "
+        f"{span([row['draws'] for row in rows])} draws; {'; '.join(dict.fromkeys(name for name, _ in groups))}. "
+        f"n = {span([row['n'] for row in rows])} (chance is κ 0), N = {span([row['N'] for row in rows])}, D = "
+        f"{span([row['D'] for row in rows])}. Intervals and controls of the area under the curve: in the section above "
+        "and in the table of all readings."
     )
-    below = "Where a curve still rises, κ is a statement about the budget; curves of two networks compare only at equal steps."
+    below = "Where a curve still rises, κ is about the budget; curves of two networks compare only at equal steps."
     return join([
         element("h4", "Budget"), depth_legend(run.taps), grid_of(panels, caption=caption, below=below),
     ])  # fmt: skip
@@ -89,12 +92,9 @@ def _spectra(spectra: list[Row], number: int) -> Html:
     if not members:
         return Html("")
     same = ("features", "mode", "images", "protocol")
-    group = sorted(
-        (row for row in members if all(row.get(k) == members[0].get(k) for k in same)), key=lambda row: row["depth"]
-    )
-    control = [
-        row for row in spectra if row.get("group") == "untrained" and all(row.get(k) == members[0].get(k) for k in same)
-    ]
+    alike = [row for row in spectra if all(row.get(key) == members[0].get(key) for key in same)]
+    group = sorted((row for row in members if row in alike), key=lambda row: row["depth"])
+    control = [row for row in alike if row.get("group") == "untrained"]
     taps = [row["tap"] for row in group]
     what = ", ".join(
         f"{members[0][key]}{end}"
@@ -102,17 +102,17 @@ def _spectra(spectra: list[Row], number: int) -> Html:
         if key in members[0]
     )
     caption = (
-        f"Left: eigenvalues of the features' covariance as shares of their sum, largest first. Right: how many directions the "
-        f"features have; D = {span([row['D'] for row in group])}, N = {span([row.get('N') for row in group])} members, {what}. "
-        "Descriptions of these features: no n, no chance, no interval; control: the untrained network."
+        f"Eigenvalues of the features' covariance as shares of their sum, largest first; and how many directions the "
+        f"features have. D = {span([row['D'] for row in group])}, N = {span([row.get('N') for row in group])} members, "
+        f"{what}. These describe features, not labels: no n, no chance, no interval; control: the untrained network."
     )
     below = (
-        "Gradient steps learn large directions first, so κ at a small budget follows the spectrum; a converged linear head "
-        "reads hardly more than D, N and n."
+        "Gradient steps learn large directions first, so κ at a small budget follows the spectrum. Two networks whose "
+        "κ differ only as their effective ranks do need no memorisation to explain it."
     )
     panels = [_eigenvalue_panel(group, f"spectrum-{number}"), _rank_panel(group, control, f"ranks-{number}")]
-    marks = [("blue", "o", "effective rank"), ("orange", "s", "participation ratio"), ("muted", "^", "effective rank, untrained"),
-             ("ink", "-", "D, the most there can be")]  # fmt: skip
+    marks = [("blue", "o", "effective rank"), ("orange", "s", "participation ratio"),
+             ("muted", "^", "effective rank, untrained"), ("ink", "-", "D, the most there can be")]  # fmt: skip
     return join([
         element("h4", "Spectrum and effective rank"), depth_legend(taps),
         legend([mark for mark in marks if control or "untrained" not in mark[2]]),
@@ -150,8 +150,6 @@ def _spread(count: int, most: int = 160) -> list[int]:
 
 
 def _rank_panel(rows: Sequence[Row], control: Sequence[Row], name: str) -> Html:
-    from rlp.report.figures import draw_tap_axis
-
     figure, axes = panel()
     places = range(len(rows))
     for key, colour, marker in (("effective_rank", RUN_COLOURS[0], "o"), ("participation_ratio", RUN_COLOURS[1], "s")):
@@ -177,78 +175,4 @@ def _rank_panel(rows: Sequence[Row], control: Sequence[Row], name: str) -> Html:
 
 
 def _positive(value: object) -> float:
-    return float(value) if is_number(value) and value > 0 else float("nan")  # type: ignore[arg-type,operator]
-
-
-def _rademacher(rows: list[Row], number: int) -> Html:
-    """2·acc - 1 at n = 2 by tap, with the sentence that the probe gives it."""
-    rows = [row for row in rows if mean_of(row.get("estimate")) is not None]
-    if not rows:
-        return Html("")
-    same = ("head", "features", "mode", "images")
-    group = sorted(
-        (row for row in rows if all(row.get(k) == rows[0].get(k) for k in same)), key=lambda row: row["depth"]
-    )
-    taps = list(dict.fromkeys(row["tap"] for row in group))
-    figure, axes = panel()
-    looks = {
-        "members": (RUN_COLOURS[0], "o"),
-        "non-members": (RUN_COLOURS[1], "s"),
-        "untrained": (GREY, "^"),
-        "noise": (RUN_COLOURS[3], "v"),
-    }
-    present = [name for name in looks if any(row.get("group", "members") == name for row in group)]
-    for place, name in enumerate(present):
-        by_tap = {row["tap"]: row["estimate"] for row in group if row.get("group", "members") == name}
-        draw_estimates(axes, [by_tap.get(tap) for tap in taps], 0.14 * (place - (len(present) - 1) / 2), *looks[name])
-    from rlp.report.figures import draw_tap_axis
-
-    axes.axhline(0, color=GREY, linewidth=0.9)
-    draw_tap_axis(axes, taps)
-    axes.set_title("n = 2: 2 · accuracy − 1", fontsize=9.5)
-    axes.grid(axis="y", alpha=0.3)
-    words = [f"{row['tap']} {row.get('group', 'members')} {shown(row['estimate'])}" for row in group]
-    drawn = inline_svg(figure, f"Rademacher reading at each tap. {'; '.join(words)}", f"rademacher-{number}")
-    caption = (
-        f"n = 2, chance is 0, N = {span([row.get('N') for row in group])}, D = {span([row.get('D') for row in group])}, "
-        f"{span([row.get('draws', counted(row['estimate'], 'draws')) for row in group])} draws, 95% intervals; controls: non-members, untrained network, noise features."
-    )
-    meaning = str(rows[0].get("meaning") or rows[0].get("sentence") or "")
-    marks = [
-        ("blue", "o", "members"),
-        ("orange", "s", "non-members"),
-        ("muted", "^", "untrained network"),
-        ("purple", "v", "noise features"),
-    ]
-    shown_marks = [mark for mark, name in zip(marks, looks, strict=True) if name in present]
-    return join([
-        element("h4", "Rademacher reading"), legend(shown_marks), grid_of([drawn], caption=caption, below=meaning),
-    ])  # fmt: skip
-
-
-def _planted(rows: list[Row]) -> Html:
-    """AUROC of the score for samples whose truth is known, as a table."""
-    if not rows:
-        return Html("")
-    keys = ("members", "non_members", "untrained", "class_loss")
-    heads = ["AUROC members", "non-members", "untrained", "the network's loss"]
-    columns = [("planted", "kind of sample"), ("protocol", ""), ("heads", ""), ("features", ""), ("tap", ""), ("n", "random labels"), ("N", "samples scored"),
-               ("planted N", "how many of them are planted"), ("draws", ""), ("chance", ""), *((head, "") for head in heads)]  # fmt: skip
-    body: list[list[str | Cell]] = [
-        [str(row.get("planted", "?")), str(row.get("protocol", "–")), str(row.get("head", "–")), str(row.get("features", "–")), str(row.get("tap", "–")),
-         *(number_cell(row.get(key)) for key in ("n", "N", "count", "draws")), number_cell(row.get("chance", 0.5), 1), *(estimate_cell(row.get(key)) for key in keys)]
-        for row in rows
-    ]  # fmt: skip
-    strong = sum(1 for row in rows if (ends := ends_of(row.get("members"))) and not ends[0] <= 0.5 <= ends[1])
-    text = (
-        f"Does the score find samples that had to be memorised? Chance is 0.5, above it planted samples are better known; {strong} of "
-        f"{len(rows)} intervals of members miss 0.5. Read members beside non-members and the untrained network: a kind that these "
-        "know as well is only easier to tell apart, not memorised."
-    )
-    return join(
-        [
-            element("h4", "Planted truth"),
-            element("p", text),
-            table("AUROC of mean log p, planted against plain samples", columns, body, sort=True),
-        ]
-    )
+    return float(value) if is_number(value) and value > 0 else float("nan")

@@ -44,19 +44,17 @@ def _of_run(run: ReportRun, one: Scores, each: int) -> Html:
     rows = rows[inside]
     order = rows[np.argsort(-one.columns["log_p"][rows].astype(np.float64), kind="stable")]
     each = min(each, max(1, len(order) // 2))
-    few = (
-        f"Here there were only {one.draws}, so most of this order is the luck of the labels"
-        if one.draws < ENOUGH_DRAWS
-        else f"Here there were {one.draws}"
-    )
+    enough = one.draws >= ENOUGH_DRAWS
+    few = f"Here there were {one.draws}" + ("" if enough else ": much of this order may be the luck of the labels")
     text = (
-        f"Chosen by the score (mean log p of the random label, chance {signed(-np.log(one.n), 2)}) at the deepest tap, {one.tap}: {one.protocol} protocol, "
-        f"{one.head} heads, {one.features} features, n = {one.n}, N = {len(order):,} members. A high score of a single image needs about "
-        f"{ENOUGH_DRAWS} draws to mean something. {few}; there is no interval for a single image, and its control, the same image as a "
-        "non-member, needs a second network (crossover)."
+        f"Chosen by the score (mean log p of the random label, chance {signed(-np.log(one.n), 2)}) at the deepest tap, "
+        f"{one.tap}: {one.protocol} protocol, {one.head} heads, {one.features} features, n = {one.n}, N = "
+        f"{len(order):,} members. A high score of a single image needs about {ENOUGH_DRAWS} draws to mean something. "
+        f"{few}. There is no interval for a single image, and its control, the same image as a non-member, "
+        "needs a second network (crossover)."
     )
     return join([
-        element("p", text) if one.draws >= ENOUGH_DRAWS else note(text),
+        element("p", text) if enough else note(text),
         element("h4", f"The {each} best known"),
         _grid(order[:each], 1, one, beton),
         element("h4", f"The {each} least known"),

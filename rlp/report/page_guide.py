@@ -1,11 +1,11 @@
 """How to read a page: what may be concluded and what not (the long form is docs/results/README.md)."""
 
-from rlp.report.page_html import Html, element, join
+from rlp.report.page_html import Html, element, facts, join
 
 WORDS = (
     (
         "κ",
-        "accuracy on random labels with chance taken out, (n · accuracy − 1)/(n − 1): 0 is guessing, 1 is every label right",
+        "accuracy on random labels less chance, (n · accuracy − 1)/(n − 1): 0 is guessing, 1 is every label right",
     ),
     ("n, N, D", "random labels, images that heads were fitted to, features that a head sees: κ depends on all three"),
     ("draw", "one labelling of all images at random, with heads of its own"),
@@ -46,5 +46,5 @@ def guide() -> Html:
         element("h3", "What may not"),
         element("ul", *(element("li", line) for line in MAY_NOT)),
         element("h3", "Words"),
-        element("dl", *(element("div", element("dt", word), element("dd", meaning)) for word, meaning in WORDS), class_="words"),
+        facts(WORDS, "words"),
     ])  # fmt: skip

@@ -110,20 +110,16 @@ def _kappa_cards(run: ReportRun) -> list[Html]:
     if not rows:
         return [_training_card(run)]
     row = rows[-1]
-    setting = (
-        f"{row['protocol']}, {row['head']}, {row['features']} features, D = {row['D']:,}, n = {row['n']:,}, N = {row['N']:,}, "
-        f"{row['draws']} draws"
+    floor = signed(row["class_only"]) if is_number(row.get("class_only")) else "–"
+    below = (
+        f"0 is chance (accuracy {row['chance']:.3g}); non-members {shown(row['non_members'])}, untrained "
+        f"{shown(row.get('untrained'))}, class-only {floor}. {row['protocol'].capitalize()}, {row['head']}, "
+        f"{row['features']} features, D = {row['D']:,}, n = {row['n']:,}, N = {row['N']:,}, {row['draws']} draws."
     )
-    controls = ", ".join(
-        f"{name} {value}"
-        for name, value in (
-            ("untrained", shown(row.get("untrained"))),
-            ("class-only", signed(row["class_only"]) if is_number(row.get("class_only")) else "–"),
-        )
-    )
-    cards = [_card(f"κ of members at {row['tap']}", shown(row["members"]),
-                   f"0 is chance (accuracy {row['chance']:.3g}); non-members {shown(row['non_members'])}; {controls}. {setting}.")]  # fmt: skip
-    return [*cards, _card(f"Δ, members − non-members, at {row['tap']}", shown(row["delta"]), verdict(row))]
+    return [
+        _card(f"κ of members at {row['tap']}", shown(row["members"]), below),
+        _card(f"Δ, members − non-members, at {row['tap']}", shown(row["delta"]), verdict(row)),
+    ]
 
 
 def _training_card(run: ReportRun) -> Html:
@@ -136,9 +132,10 @@ def _training_card(run: ReportRun) -> Html:
     floor = f"class-only {signed(sum(last.floors) / len(last.floors))}, " if last.floors else ""
     ends = {"mean": interval.mean, "low": interval.low, "high": interval.high}
     below = (
-        f"the training's own heads, not fresh ones; 0 is chance (accuracy {1 / last.num_labels:.3g}); {floor}leak check "
-        f"{'–' if leak is None else signed(leak)}. D = {last.dim:,}, n = {last.num_labels:,}, N = {last.count:,}, "
-        f"{last.draws} draws. Interval over draws alone. It cannot tell members from non-members: probe the run."
+        f"the training's own heads, not fresh ones; 0 is chance (accuracy {1 / last.num_labels:.3g}); {floor}leak "
+        f"check {'–' if leak is None else signed(leak)}. D = {last.dim:,}, n = {last.num_labels:,}, N = "
+        f"{last.count:,}, {last.draws} draws. Interval over draws alone. "
+        "It cannot tell members from non-members: probe the run."
     )
     return _card(f"κ of the training heads at {last.tap}", shown(ends), below)
 
@@ -167,7 +164,8 @@ def _overview(runs: list[ReportRun]) -> Html:
         ("run", "name of the folder"), ("model", ""), ("λ", "weight of the penalty"), ("seed", ""), ("epochs", ""),
         ("steps", ""), ("N", "training images"), ("acc. train", "class accuracy"), ("acc. val", "class accuracy"),
         ("tap", "the deepest that was probed"), ("n", "random labels; chance is 1/n"), ("κ members", ""),
-        ("κ non-members", ""), ("untrained", "control"), ("Δ", "κ(members) − κ(non-members)"), ("how", "how κ was read"),
+        ("κ non-members", ""), ("untrained", "control"), ("Δ", "κ(members) − κ(non-members)"),
+        ("how", "how κ was read"),
     ]  # fmt: skip
     return table(
         "The runs; κ at the deepest tap with its 95% interval (0 is chance, class-only floors are in the table of all "
@@ -182,8 +180,8 @@ def _overview_row(run: ReportRun) -> list[str | Cell]:
     train, _, val = accuracies(run)
     final = run.epochs[-1]
     lam = Cell(f"{run.lam:g}", float(run.lam)) if is_number(run.lam) else Cell("–")
-    cells: list[str | Cell] = [run.name, run.model, lam, number_cell(run.seed), number_cell(final["epoch"]),
-                               number_cell(final["step"]), _count(run, "train"), number_cell(train), number_cell(val)]  # fmt: skip
+    steps = (number_cell(value) for value in (run.seed, final["epoch"], final["step"]))
+    cells: list[str | Cell] = [run.name, run.model, lam, *steps, _count(run, "train"), *map(number_cell, (train, val))]
     rows = primary(run.rows)
     if not rows:
         return [*cells, *["–"] * 6, "not probed"]

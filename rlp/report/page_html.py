@@ -6,7 +6,7 @@ from html import escape
 from importlib.resources import files
 import math
 import re
-from typing import Any
+from typing import Any, TypeGuard
 
 _VOID = ("br", "img", "input", "meta")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
@@ -27,7 +27,7 @@ def join(parts: Iterable[str], between: str = "") -> Html:
 
 
 def element(name: str, *parts: str, **attributes: str | bool | None) -> Html:
-    """``<name attributes>parts</name>``; ``class_`` is ``class``, ``data_v`` is ``data-v``, None and False are left out.
+    """``<name attributes>parts</name>``; ``class_`` is class, ``data_v`` data-v; None and False are left out.
 
     Example:
         >>> element("td", "a < b", class_="number")
@@ -58,7 +58,7 @@ def number_cell(value: Any, digits: int = 3) -> Cell:
     return Cell(f"{value:,}" if isinstance(value, int) else f"{value:.{digits}f}".replace("-", "−"), float(value))
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[int | float]:
     """Whether it is a finite number (True and False are none)."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -92,12 +92,12 @@ def _cell(cell: str | Cell, first: bool) -> Html:
     return element("th", cell.text, scope="row", **kind) if first else element("td", cell.text, **kind)
 
 
-def facts(pairs: Iterable[tuple[str, str]]) -> Html:
-    """Names and values as a grid."""
+def facts(pairs: Iterable[tuple[str, str]], kind: str = "facts") -> Html:
+    """Names and values; ``facts`` are a grid of short ones, ``words`` a list of long ones."""
     return element(
         "dl",
         *(element("div", element("dt", name), element("dd", value)) for name, value in pairs),
-        class_="facts",
+        class_=kind,
     )
 
 

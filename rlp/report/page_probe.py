@@ -53,16 +53,16 @@ def _introduction(runs: list[ReportRun]) -> Html:
     deltas = [row["delta"] for run in runs for row in run.rows if ends_of(row["delta"])]
     away = sum(not low <= 0 <= high for low, high in map(_certain_ends, deltas))
     chance = (
-        f"The page holds {len(deltas)} intervals of Δ, of which {away} miss 0; about {0.05 * len(deltas):.1f} would do so by luck "
-        "if members were no different, and those that share draws or features do it together."
+        f"The page holds {len(deltas)} intervals of Δ, of which {away} miss 0; about {0.05 * len(deltas):.1f} would do "
+        "so by luck if members were no different, and those that share draws or features do it together."
         if deltas
         else "No Δ has an interval here."
     )
     return element(
         "p",
         "Members are images that the network was trained on, non-members are not. Heads are fitted to each group by "
-        "itself, at equal N, D, n and budget, and Δ = κ(members) − κ(non-members). Bars are 95% intervals over draws and "
-        f"images of one network. {chance}",
+        "itself, at equal N, D, n and budget, and Δ = κ(members) − κ(non-members). Bars are 95% intervals over draws "
+        f"and images of one network. {chance}",
     )
 
 
@@ -131,32 +131,28 @@ def _of_n(pairs: list[tuple[ReportRun, Row]], runs: list[ReportRun], name: str) 
     by_run = [(run, rows) for run, rows in by_run if rows]
     rows = [row for _, row in pairs]
     limits = _limits(rows)
+    n = f"n = {span([row['n'] for row in rows])}"
     panels = [
-        _kappa_panel(rows_of, limits, f"n = {span([row['n'] for row in rows_of])}: κ" + (f", {run.name}" if len(runs) > 1 else ""),
-                     f"{name}-kappa-{place}")
+        _kappa_panel(rows_of, limits, f"{n}: κ" + (f", {run.name}" if len(runs) > 1 else ""), f"{name}-kappa-{place}")
         for place, (run, rows_of) in enumerate(by_run)
-    ]  # fmt: skip
+    ]
     deltas = [(run, rows_of) for run, rows_of in by_run if any(mean_of(row["delta"]) is not None for row in rows_of)]
     if deltas:
-        panels.append(
-            _delta_panel(deltas, runs, f"n = {span([row['n'] for row in rows])}: Δ, members − non-members", name)
-        )
+        panels.append(_delta_panel(deltas, runs, f"{n}: Δ, members − non-members", name))
     below = f"{READINGS['kappa']} {READINGS['delta'] if deltas else ''} {_deepest(by_run) if deltas else ''}"
     return grid_of(panels, caption=_caption(rows), below=below)
 
 
 def _caption(rows: Sequence[Row]) -> str:
     """n, N, D, draws, chance, controls: what the numbers must not be shown without."""
-    chances = " to ".join(
-        f"{chance:.3g}"
-        for chance in sorted({row["chance"] for row in rows})[:: max(1, len({r["chance"] for r in rows}) - 1)]
-    )
+    chances = " to ".join(dict.fromkeys(f"{end([row['chance'] for row in rows]):.3g}" for end in (min, max)))
     others = [counted(row["non_members"], "samples") for row in rows]
     floors = [row["class_only"] for row in rows if is_number(row.get("class_only"))]
     leaks = [(row, ends) for row in rows if (ends := ends_of(row.get("leak")))]
     missed = sum(not low <= 0 <= high for _, (low, high) in leaks)
     parts = [
-        f"n = {span([row['n'] for row in rows])}, chance = accuracy {chances} = κ 0, N = {span([row['N'] for row in rows])} members",
+        f"n = {span([row['n'] for row in rows])}, chance = accuracy {chances} = κ 0, ",
+        f"N = {span([row['N'] for row in rows])} members",
         f" and {span(others)} non-members" if any(others) else "",
         f", D = {span([row['D'] for row in rows])}, {span([row['draws'] for row in rows])} draws, ",
         f"{span([row.get('steps') for row in rows])} steps, ",

@@ -58,7 +58,7 @@ def read_scores(run: ReportRun) -> list[Scores]:
     if not path.is_file():
         return []
     try:
-        from pyarrow import ArrowException, compute, parquet
+        from pyarrow import ArrowException, parquet
     except ImportError:
         raise UserError(f"{path} needs the package pyarrow, which is not installed") from None
     try:
@@ -67,19 +67,26 @@ def read_scores(run: ReportRun) -> list[Scores]:
         if missing:
             raise UserError(f"{path} has no column '{missing[0]}'; write it again with `{probe_command(path)}`")
         table = parquet.read_table(path, columns=list(COLUMNS))
+        keys = table.select(_CONDITION).group_by(list(_CONDITION), use_threads=False).aggregate([])
         found = []
-        for condition in table.select(_CONDITION).group_by(list(_CONDITION)).aggregate([]).to_pylist():
-            mask = None
-            for key, value in condition.items():
-                equal = compute.equal(table[key], value)
-                mask = equal if mask is None else compute.and_(mask, equal)
-            part = table.filter(mask)
-            part = part.filter(compute.equal(part["depth"], compute.max(part["depth"])))
-            found += _scores(condition, part)
+        for condition in keys.to_pylist():
+            part = table.filter(_equal(condition))
+            deepest = max(part["depth"].unique().to_pylist())
+            found += _scores(condition, part.filter(_equal({"depth": deepest})))
         return found
     except (OSError, ArrowException) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} is no table of samples: {reason}") from None
+
+
+def _equal(values: dict[str, Any]) -> Any:
+    """An expression of pyarrow: columns that have these values."""
+    from pyarrow.dataset import field
+
+    first, *others = [field(name) == value for name, value in values.items()]
+    for other in others:
+        first = first & other
+    return first
 
 
 def _scores(condition: dict[str, Any], part: Any) -> list[Scores]:
@@ -118,8 +125,9 @@ def scores_section(runs: list[ReportRun], scores: dict[str, list[Scores]]) -> Ht
     parts = [element("h2", "Scores of single images", id="scores")]
     for run in runs:
         if not scores[run.name]:
-            parts += [note(f"{run.name} has no table of scores: ", element("code", str(run.dir / SCORES)), " is missing or empty. This makes it:"),
-                      code(probe_command(run.dir / SCORES))]  # fmt: skip
+            where = element("code", str(run.dir / SCORES))
+            parts.append(note(f"{run.name} has no table of scores: ", where, " is missing or empty. This makes it:"))
+            parts.append(code(probe_command(run.dir / SCORES)))
     groups: dict[str, list[tuple[ReportRun, Scores]]] = {}
     for run in runs:
         for one in scores[run.name]:
@@ -128,8 +136,8 @@ def scores_section(runs: list[ReportRun], scores: dict[str, list[Scores]]) -> Ht
         shown = {_label(one) for run in runs if (one := chosen(scores[run.name]))}
         labels = sorted(groups, key=lambda label: label not in shown)
         parts += [
-            element("p", "The score of an image is the mean over draws of the log-probability that fresh heads give its random label: "
-                    "the higher, the better known."),
+            element("p", "The score of an image is the mean over draws of the log-probability that fresh heads give "
+                    "its random label: the higher, the better known."),
             tabs("Condition", [(label, _histograms(groups[label], place)) for place, label in enumerate(labels)]),
         ]  # fmt: skip
     return join(parts)
@@ -159,13 +167,15 @@ def _histograms(pairs: Sequence[tuple[ReportRun, Scores]], number: int) -> Html:
     one = pairs[0][1]
     draws = " and ".join(sorted({str(one.draws) for _, one in pairs}))
     caption = (
-        f"Density of the score at the deepest tap, {one.head} heads, {one.features} features, {one.mode} mode, {one.images} images; "
-        + "; ".join(_summary(run, one, len(pairs) > 1) for run, one in pairs)
-        + f"; chance: log 1/{one.n} = {signed(-math.log(one.n), 2)}; control: non-members. The outermost 0.2% on either side lie outside."
+        f"Density of the score at the deepest tap, {one.head} heads, {one.features} features, {one.mode} mode, "
+        f"{one.images} images; {'; '.join(_summary(run, one, len(pairs) > 1) for run, one in pairs)}; chance: "
+        f"log 1/{one.n} = {signed(-math.log(one.n), 2)}; control: non-members. The outermost 0.2% on either side are "
+        "left out."
     )
     below = (
-        f"Each score is a mean over {draws} draws; with fewer than about {ENOUGH_DRAWS} the width of both curves is mostly the luck of "
-        "the labels. Curves that lie on each other mean that no score tells who was trained on."
+        f"Each score is a mean over {draws} draws; with fewer than about {ENOUGH_DRAWS} much of the width of both "
+        "curves may be the luck of the labels. Curves that lie on each other mean that this score does not tell who "
+        "was trained on."
     )
     return join([legend(entries), grid_of(panels, caption=caption, below=below)])
 

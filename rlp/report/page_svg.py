@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import StringIO
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlp.errors import UserError
 from rlp.report.figures import BLUE, GREEN, GREY, ORANGE, depth_colours, new_figure
@@ -26,7 +26,7 @@ DEPTH_STOPS = 20
 """The colours of depth are rounded to the variables --depth-0 (shallowest) to --depth-20."""
 
 _GLYPHS = dict(zip(MARKERS, "●■◆▲▼✚✖", strict=True)) | {"--": "┄", "-": "━"}
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "font.size": 8.5,
     "axes.titlesize": 9.5,

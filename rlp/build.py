@@ -1,6 +1,7 @@
 """From a configuration to the objects of a run: data, model, heads. Everything is checked before training starts."""
 
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from rlp.data.loader import Loader, open_loader
 from rlp.data.view import View, ViewOptions, make_view
 from rlp.distributed import World
 from rlp.errors import UserError
+from rlp.headplan import tap_factors
 from rlp.models import RandomLabelHeads, attach, build_model
 from rlp.models.attach import check_together
 from rlp.schema import DataConfig, TrainConfig
@@ -40,7 +42,9 @@ def build_data(config: TrainConfig, world: World) -> Data:
     }
     augment = build_augment(config, files["train"].card)
     hashes = {**{split: beton.card.sha256 for split, beton in files.items()}, "view": view.sha256}
-    return Data(train, evaluation, augment, _class_floors(config, files["train"], view), hashes)
+    floors = cache(lambda first: _class_floors(config, files["train"], view, first))
+    floors(0)
+    return Data(train, evaluation, augment, floors, hashes)
 
 
 def build_augment(config: TrainConfig, card: Card) -> Augment:
@@ -113,12 +117,14 @@ def view_options(data: DataConfig) -> ViewOptions:
     return ViewOptions(**{field.name: getattr(data, field.name) for field in fields(ViewOptions)})
 
 
-def _class_floors(config: TrainConfig, beton: Beton, view: View) -> list[float]:
-    """Class-only floor per draw over the samples trained on, with the labels they are given."""
-    heads, classes = config.heads, len(beton.card.classes)
+def _class_floors(config: TrainConfig, beton: Beton, view: View, first: int) -> list[float]:
+    """Class-only floor of each draw from number ``first`` on, over the samples trained on with their given labels."""
+    heads, card, classes = config.heads, beton.card, len(beton.card.classes)
     if not heads.taps:
         return []
-    random_labels = labels.random_labels(beton.draw_words[view.ids, : heads.draws], heads.num_labels)
+    baked, index = beton.draw_words[view.ids], beton.index[view.ids]
+    words = labels.draw_words(baked, card.words_seed, index, heads.draws, card.split, first)
+    random_labels = labels.random_labels(words, heads.num_labels)
     return labels.class_floor(view.label[view.ids], random_labels, classes, heads.num_labels).tolist()
 
 
@@ -153,4 +159,5 @@ def build_network(config: TrainConfig, card: Card, device: torch.device) -> tupl
         width=heads.width,
         num_classes=len(card.classes),
     )
+    tap_factors(heads.lam_taps, attached.tap_names)  # a name that fits no tap is a mistake before anything is written
     return model, attached

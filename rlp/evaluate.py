@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from rlp.data.augment import Augment
 from rlp.data.batch import Loader
 from rlp.distributed import World
+from rlp.headplan import words_of
 from rlp.meters import NonFiniteError, Sums
 from rlp.models import RandomLabelHeads, TapMetrics
 from rlp.runlog import RunLog
@@ -44,7 +45,7 @@ def evaluate(
             with autocast():
                 logits = model(image).float()
                 if heads is not None:
-                    heads.evaluate(words=batch.words[:, : heads.draws], classes=batch.label)
+                    heads.evaluate(words=words_of(batch, loader.card, heads), classes=batch.label)
             loss = F.cross_entropy(logits, batch.label, reduction="sum")
             sums.add(loss, (logits.argmax(dim=1) == batch.label).sum(), float(len(batch.label)))
             bar.advance()

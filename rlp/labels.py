@@ -25,6 +25,17 @@ def random_words(seed: int, index: Array, draws: int, split: str = "train", firs
     return random_bits(seed, f"{split}.draw", index, draws, first=first)
 
 
+def draw_words(baked: Array, seed: int, index: Array, draws: int, split: str, first: int = 0) -> Array:
+    """Words of ``draws`` draws from number ``first`` on, int64 ``[B, draws]``: baked columns, or computed ones.
+
+    Where ``baked`` ``[B, K]`` ends too early, all are computed: they are what a file with more draws would hold.
+    ``seed``, ``index`` and ``split`` are as for :func:`random_words`.
+    """
+    if first + draws <= baked.shape[1]:
+        return baked[:, first : first + draws]
+    return random_words(seed, index, draws, split, first)
+
+
 def named_word(seed: int, index: Array, name: str, split: str = "train") -> Array:
     """One of :data:`NAMED_WORDS` for every sample, int64 ``[*index.shape]`` in [0, 2^32)."""
     if name not in NAMED_WORDS:

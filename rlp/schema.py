@@ -182,9 +182,35 @@ class HeadsConfig(Section, name="heads"):
     weight_decay: float = key(0.0, "weight decay of the heads", at_least(0))
     lam: float = key(0.0, "weight λ of the penalty on the network; 0 only measures", at_least(0))
     lam_over_n: float | None = key(None, "λ/n, in place of heads.lam: λ is this times heads.num_labels", at_least(0))
+    penalty: Literal["forget", "uniform", "entropy", "reversal", "dof", "joint"] = key(
+        "forget",
+        "what λ weighs: -log(1 - p), the heads' cross-entropy to uniform, their negative entropy, log p (gradient "
+        "reversal), the degrees of freedom of a ridge fit (no head is asked), or -log p (joint: the network helps the "
+        "heads, the opposite of a penalty)",
+    )
+    ridge: float = key(0.1, "ridge of the penalty dof, in units of the features' mean variance", at_least(1e-4))
+    lam_taps: dict[str, Any] = key(  # noqa: RUF009
+        dict,
+        "factors of λ by tap, such as {layer4: 1, 'layer3*': 0.5}; the last pattern that fits counts, taps that none "
+        "fits have no penalty; empty for 1 everywhere",
+    )
+    warmup_epochs: float = key(0.0, "epochs in which λ rises linearly to its full weight", at_least(0))
+    target_kappa: float | None = key(
+        None,
+        "adapt λ, tap by tap from heads.lam on, so that the training heads' κ stays here; every run.log_every steps",
+        between(0, 1),
+    )
+    steps: int = key(
+        1,
+        "optimiser steps of the heads for each step of the network, on the same batch; the last is the common one, "
+        "whose heads the penalty sees",
+        at_least(1),
+    )
+    restart_every: int = key(0, "epochs after which the heads start again with fresh weights; 0 for never", at_least(0))
+    fresh_draws: bool = key(False, "each restart of the heads also turns to the next draws of random labels")
 
     def check(self) -> None:
-        """One way to give λ."""
+        """One way to give λ, and settings that need another."""
         if self.lam and self.lam_over_n is not None:
             raise UserError(
                 f"heads.lam is {self.lam} and heads.lam_over_n is {self.lam_over_n}; expected only one of them "
@@ -192,6 +218,16 @@ class HeadsConfig(Section, name="heads"):
             )
         if self.weight and not self.taps:
             raise UserError(f"λ is {self.weight}, but heads.taps is empty; expected taps, or heads.lam 0")
+        for pattern, factor in self.lam_taps.items():
+            if isinstance(factor, bool) or not isinstance(factor, int | float) or factor < 0:
+                raise UserError(f"heads.lam_taps has {factor!r} at '{pattern}'; expected a number of at least 0")
+        if self.target_kappa is not None and not self.weight:
+            raise UserError(
+                f"heads.target_kappa is {self.target_kappa}, but λ is 0, which no factor changes; expected heads.lam "
+                "above 0 to start from"
+            )
+        if self.fresh_draws and not self.restart_every:
+            raise UserError("heads.fresh_draws is true, but heads.restart_every is 0; expected epochs between restarts")
 
     @property
     def weight(self) -> float:
@@ -239,3 +275,16 @@ class TrainConfig:
     model: ModelConfig
     heads: HeadsConfig = field(default_factory=HeadsConfig)
     train: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def __post_init__(self) -> None:
+        """Checks that concern several sections."""
+        if self.heads.warmup_epochs > self.train.epochs:
+            raise UserError(
+                f"heads.warmup_epochs is {self.heads.warmup_epochs}, longer than train.epochs, which is "
+                f"{self.train.epochs}; expected a warm-up of λ that ends within the run"
+            )
+        if self.heads.steps > 1 and self.train.accumulate > 1:
+            raise UserError(
+                f"heads.steps is {self.heads.steps} and train.accumulate is {self.train.accumulate}; expected one of "
+                "them to be 1, for steps of the heads would fall between batches whose gradients are added up"
+            )

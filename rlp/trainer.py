@@ -21,6 +21,7 @@ from rlp.data.batch import Batch
 from rlp.data.loader import Loader
 from rlp.distributed import World, any_rank, broadcast_buffers, wait_for_all
 from rlp.evaluate import evaluate
+from rlp.headplan import HeadPlan, words_of
 from rlp.meters import FiniteWatch, NonFiniteError, Sums
 from rlp.models import RandomLabelHeads, TapMetrics
 from rlp.optim import build_optimizer, lr_factor, parameter_groups, set_lr
@@ -38,13 +39,13 @@ AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class Data:
     """What the loop reads: training batches, and the same images in order for evaluation.
 
-    ``floors``: class-only floor per draw, for the training split's given labels.
+    ``floors``: class-only floor of each of the draws from the given number on, for the training split's given labels.
     """
 
     train: Loader
     evaluation: dict[str, Loader]  # "train" and "val"
     augment: Augment
-    floors: list[float]
+    floors: Callable[[int], list[float]]
     hashes: dict[str, str]
 
     def close(self) -> None:
@@ -71,6 +72,7 @@ class Trainer:
         self.distributed = self._distribute(model)
         self.forward = torch.compile(self.distributed) if config.model.compile else self.distributed
         self.optimizers = self._build_optimizers()
+        self.plan = self._head_plan()
         self.amp = AMP_DTYPES.get(config.train.amp)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.train.amp == "fp16")
         names = ["loss", "class_loss", "fit_loss", "penalty", "correct", "count"]
@@ -98,6 +100,11 @@ class Trainer:
             groups = parameter_groups(self.heads, heads.weight_decay)
             optimizers.append(build_optimizer(heads.optimizer, groups, heads.lr, **shared))
         return optimizers
+
+    def _head_plan(self) -> HeadPlan | None:
+        accumulate = self.config.train.accumulate
+        updates = -(-self.data.train.steps // accumulate)
+        return None if self.heads is None else HeadPlan(self.config.heads, self.heads, updates, accumulate)
 
     # -- the run ---------------------------------------------------------------------------------------------
 
@@ -158,6 +165,8 @@ class Trainer:
         self._tick()
         if progress.batch == 0:
             progress.window_seconds = 0.0
+            if self.plan is not None and self.plan.start_epoch(progress.epoch, self.optimizers[1]):
+                self.log.info(f"epoch {progress.epoch + 1}: heads start again with fresh weights")
         with closing(batches), self.log.progress(total, progress.batch, description) as bar:
             for batch in batches:
                 last = progress.batch + 1 == total
@@ -196,16 +205,27 @@ class Trainer:
         with self._autocast():
             logits = self.forward(image)
             class_loss = F.cross_entropy(logits.float(), batch.label, label_smoothing=self.config.train.label_smoothing)
-            heads_loss = self._heads_loss(batch)
+        heads_loss = self._heads_loss(batch)
         loss = class_loss + heads_loss
         self._bookkeep(batch, logits.detach(), loss.detach(), class_loss.detach())
         return loss
 
     def _heads_loss(self, batch: Batch) -> Tensor | float:
-        if self.heads is None:
+        """Loss of the heads after the steps that they take alone."""
+        if self.heads is None or self.plan is None:
             return 0.0
-        words = batch.words[:, : self.heads.draws]
-        return self.heads.loss(words=words, classes=batch.label, lam=self.config.heads.weight)
+        config = self.config.heads
+        given = {"words": words_of(batch, self.data.train.card, self.heads), "classes": batch.label}
+        for _ in range(config.steps - 1):
+            with self._autocast():
+                fit = self.heads.fit(**given)
+            self.scaler.scale(fit).backward()
+            self.scaler.step(self.optimizers[1])
+            self.scaler.update()
+            self.optimizers[1].zero_grad(set_to_none=True)
+        with self._autocast():
+            lam = self.plan.lam(self.progress)
+            return self.heads.loss(**given, lam=lam, penalty=config.penalty, ridge=config.ridge)
 
     def _bookkeep(self, batch: Batch, logits: Tensor, loss: Tensor, class_loss: Tensor) -> None:
         """Add to the running sums and look for non-finite losses, all on the device."""
@@ -252,6 +272,9 @@ class Trainer:
         row |= {name: total / count for name, total in sums.items() if name != "correct"}
         row |= {"accuracy": sums["correct"] / count, "lr": self.optimizers[0].param_groups[0]["lr"]}
         row["images_per_s"] = count / max(seconds, 1e-9)
+        if self.plan is not None:
+            row |= self.plan.row(self.progress)
+            self.plan.close_window()
         self.log.write(row)
 
     # -- evaluation ------------------------------------------------------------------------------------------
@@ -279,6 +302,8 @@ class Trainer:
                 self._save(best=False, terminated=True)
             row["train_eval"], train_rows = self._evaluate("train")
             row["heads"] += train_rows
+        if self.plan is not None:
+            row |= self.plan.row(progress)
         self._tick()
         row["seconds"] = progress.epoch_seconds
         return row
@@ -291,11 +316,16 @@ class Trainer:
         return metrics, self._head_rows(split, "eval", readings)
 
     def _head_rows(self, split: str, mode: str, readings: Sequence[TapMetrics]) -> list[dict[str, Any]]:
-        floors = self.data.floors if split == "train" else [None] * len(self.data.floors)
+        if self.heads is None or self.plan is None:
+            return []
+        first = self.heads.first_draw
+        floors = self.data.floors(first) if split == "train" else [None] * self.heads.draws
+        beside = self.plan.describe(self.progress)
         return [
-            {"split": split, "mode": mode, **dataclasses.asdict(reading), "floor": floors[reading.draw]}
+            {"split": split, "mode": mode, **dataclasses.asdict(reading), "draw": first + reading.draw,
+             "floor": floors[reading.draw], **beside}
             for reading in readings
-        ]
+        ]  # fmt: skip
 
     # -- checkpoints -----------------------------------------------------------------------------------------
 
@@ -346,6 +376,7 @@ class Trainer:
             "progress": dataclasses.asdict(self.progress),
             "random_states": random_states,
             "running": self._running_sums(),
+            "head_plan": self.plan.state() if self.plan else {},
             "config": dataclasses.asdict(self.config),
             "data": dict(self.data.hashes),
         }
@@ -363,6 +394,8 @@ class Trainer:
             optimizer.load_state_dict(saved)
         self.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
+        if self.plan is not None:
+            self.plan.load_state(state.get("head_plan", {}), self.progress)
         self._clock = time.monotonic()
         if self.world.is_main:  # the sums hold all ranks' share
             self.window.values.copy_(state["running"]["window"])

@@ -30,9 +30,10 @@ LEVELS = (
     ("rlp.kernels",),
     ("rlp.losses", "rlp.data", "rlp.optim", "rlp.meters", "rlp.checkpoint", "rlp.progress", "rlp.runlog"),
     ("rlp.models",),
-    ("rlp.runfolder", "rlp.evaluate", "rlp.trainer", "rlp.build"),
+    ("rlp.runfolder", "rlp.headplan", "rlp.evaluate", "rlp.trainer", "rlp.build"),
     ("rlp.measure",),
     ("rlp.report",),
+    ("rlp.reproduce",),
     ("train_rlp", "data_prep", "benchmarks", "examples", "tests"),
 )
 FACADE = "rlp"  # the package's own file gathers the public names
@@ -45,7 +46,7 @@ KEEPERS = {
     "fastargs": ("rlp.config",),
     "timm": ("rlp.models.backbone",),
     "torchvision": ("rlp.models.backbone", "benchmarks"),
-    "matplotlib": ("rlp.report", "benchmarks"),
+    "matplotlib": ("rlp.report", "rlp.reproduce.figure", "benchmarks"),
     "tensorboard": ("rlp.runlog",),
     "cv2": ("benchmarks",),
     "pyarrow": ("data_prep.parquet",),

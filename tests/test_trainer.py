@@ -277,7 +277,7 @@ def test_the_floor_is_that_of_members_with_their_given_labels(folder):
     batches = list(trainer.data.evaluation["train"].epoch(0))
     label, words = (torch.cat([getattr(b, name) for b in batches]) for name in ("label", "words"))
     assert len(label) < 100
-    for draw, floor in enumerate(trainer.data.floors):
+    for draw, floor in enumerate(trainer.data.floors(0)):
         pairs = Counter(zip(label.tolist(), (words[:, draw] * 4 >> 32).tolist(), strict=True))
         best = [max((n for (c, _), n in pairs.items() if c == given), default=0) for given in range(4)]
         assert floor == pytest.approx(sum(best) / len(label))

@@ -348,6 +348,10 @@ class RandomLabelHeads(nn.Module):
             if count
         ]  # fmt: skip
 
+    def online_counts(self) -> Tensor:
+        """Right answers and answers of this rank since the last reset, float64 ``[L, 2]`` on the device."""
+        return self._sums("online")[:, :, 1:].sum(1)
+
     def running_state(self) -> dict[str, Tensor]:
         """The online sums over all ranks, for a checkpoint in mid-epoch; with several ranks every one must call it."""
         return {"online": reduce_sum(self._sums("online")).clone()}

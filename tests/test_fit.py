@@ -1,5 +1,6 @@
 """Fitting heads: the optimum of scikit-learn in float64, whatever the shapes; what heads can and cannot see."""
 
+from typing import Any
 import warnings
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 import torch.nn.functional as F
 
+from benchmarks import probe
 from rlp.errors import UserError
 from rlp.measure import fit as fit_module
 from rlp.measure.fit import BudgetCurve, HeadFit, HeadSpec, fit_budget, fit_converged
@@ -43,7 +45,7 @@ def best_head(x: Tensor, target: Tensor) -> tuple[float, int]:
         model.fit(basis, target.numpy())
         log_p = model.predict_log_proba(basis)
     columns = np.searchsorted(model.classes_, target.numpy())
-    return -log_p[np.arange(len(x)), columns].mean(), int((model.predict(basis) == target.numpy()).sum())
+    return -log_p[np.arange(len(x)), columns].mean(), int(np.sum(model.predict(basis) == target.numpy()))
 
 
 def kappa(fit: HeadFit, x: Tensor, target: Tensor, n: int, classes: Tensor | None = None) -> np.ndarray:
@@ -230,7 +232,7 @@ def spec(request: pytest.FixtureRequest) -> HeadSpec:
 def test_equal_seeds_give_equal_results_and_no_global_state_moves(spec: HeadSpec) -> None:
     x, target = random_problem(90, 5, 2, 3)
     classes = torch.arange(90) % 2
-    states = torch.get_rng_state(), np.random.get_state(legacy=True)[1].copy(), torch.get_float32_matmul_precision()
+    states = torch.get_rng_state(), np.random.get_state(), torch.get_float32_matmul_precision()
     with torch.no_grad():
         fits = [fit_converged(x, target, 3, spec, classes=classes, max_steps=30, seed=1) for _ in range(2)]
         curves = [
@@ -241,7 +243,7 @@ def test_equal_seeds_give_equal_results_and_no_global_state_moves(spec: HeadSpec
     assert np.array_equal(curves[0].correct, curves[1].correct)
     assert not np.array_equal(curves[0].correct, curves[2].correct)
     assert torch.equal(states[0], torch.get_rng_state())
-    assert np.array_equal(states[1], np.random.get_state(legacy=True)[1])
+    assert str(states[1]) == str(np.random.get_state())
     assert states[2] == torch.get_float32_matmul_precision()
 
 
@@ -304,12 +306,12 @@ X, TARGET = random_problem(6, 3, 2, 3)
     ],
 )
 def test_mistakes_are_one_sentence(change: dict, message: str) -> None:
-    arguments = {"x": X, "target": TARGET, "n": 3} | change
+    arguments: dict[str, Any] = {"x": X, "target": TARGET, "n": 3} | change
     with pytest.raises(UserError, match=message):
         fit_converged(**arguments)
     if "max_steps" not in change:
         with pytest.raises(UserError, match=message):
-            fit_budget(**({"spec": HeadSpec()} | arguments), steps=[1])
+            fit_budget(**{"spec": HeadSpec(), "steps": [1]} | arguments)
 
 
 @pytest.mark.parametrize(
@@ -350,3 +352,14 @@ def test_a_gpu_finds_the_same(kind: str) -> None:
     assert correct.device.type == log_p.device.type == margin.device.type == "cpu"
     curve = fit_budget(x.cuda(), target.cuda(), 5, spec, steps=[1, 10], classes=classes.cuda())
     assert curve.correct.shape == (2, 3, 500)
+
+
+def test_the_benchmark_measures_what_it_says() -> None:
+    sizes = probe.Sizes(samples=300, dim=8, taps=2, draws=3, others=((2, 2),), one_by_one=2, rounds=1)
+    rows = probe.measure(sizes, torch.device("cpu"))
+    assert [row["case"] for row in rows] == [
+        "all draws at once", "scikit-learn, head by head", "all draws at once", "one pass",
+    ]  # fmt: skip
+    assert rows[0]["loss"]["low"] <= rows[1]["loss"]["median"] + 1e-4  # the same optimum
+    assert rows[1]["loss"]["median"] == pytest.approx(rows[0]["loss"]["median"], abs=0.05)
+    assert "extrapolated" in probe.page(rows)

@@ -187,15 +187,21 @@ def _minimise(
             progress(f"{passes} passes, {running} of {target.shape[1]} heads to go")
 
     return minimise(
-        _Objective(white, target, n),
+        LinearObjective(white, target, n),
         white.new_zeros(target.shape[1], n * (white.shape[1] + 1)),
         curvature=1 / n,  # of whitened features at zero weights: (1 - 1 / n) / n, and 1 / n along the gradient
         tolerance=tolerance, max_passes=max_steps, memory=memory, report=report,
     )  # fmt: skip
 
 
-class _Objective:
-    """Loss and gradient of the heads that still run, through the fused loss, over pieces of the samples."""
+class LinearObjective:
+    """Loss and gradient of linear heads through the fused loss, over pieces of the samples; for `minimise`.
+
+    Args:
+        white: features float32 ``[N, R]``.
+        target: random labels int64 ``[N, H]``.
+        n: number of random labels; a point is the weight and, last, the bias: ``[n, R + 1]``, flattened.
+    """
 
     def __init__(self, white: Tensor, target: Tensor, n: int) -> None:
         self.white, self.all_targets, self.n = white, target, n

@@ -33,9 +33,9 @@ def train_two_layer(
 
     AdamW without weight decay on minibatches of 512, learning rate 1e-3; all heads share the batches and the learning
     rate, and are judged by the mean of their losses, as draws of one condition may be. When neither 5 epochs nor 200
-    steps have brought an epoch's loss 1% below the last such epoch's, the learning rate falls to a fifth; at the fourth such plateau
-    training ends, with the reason ``loss``. It ends before, with ``separated``, when every head gives every sample's
-    label a probability of 0.9, and after `max_epochs` with ``steps``.
+    steps have brought an epoch's loss 1% below the last such epoch's, the learning rate falls to a fifth; at the fourth
+    such plateau training ends, with the reason ``loss``. It ends before, with ``separated``, when every head gives
+    every sample's label a probability of 0.9, and after `max_epochs` with ``steps``.
 
     Returns:
         The heads, and losses ``[H]`` over all samples, reasons and epochs (``point`` is empty).

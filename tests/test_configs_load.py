@@ -19,9 +19,10 @@ pytest.importorskip("fastargs")
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 RUNS = sorted(CONFIGS.glob("*.yaml"))
 DATA = sorted((CONFIGS / "data").glob("*.yaml"))
-CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "imagenet": 1000}
+CLASSES = {"digits": 10, "digits8": 10, "cifar10": 10, "cifar100": 100, "imagenet": 1000}
 TAPS = {
     "digits_cnn": 3,
+    "digits_mlp": 4,
     "cifar10_wrn16_4": 4,
     "cifar100_wrn16_4": 4,
     "cifar100_vgg16": 5,

@@ -181,7 +181,7 @@ def test_figures_take_the_summary_that_lies_in_the_folder(tmp_path: Path, monkey
     from rlp.report import figures
 
     seen = []
-    monkeypatch.setattr(figures, "_rendered", lambda figure, _: seen.append(figure) or b"")
+    monkeypatch.setattr(figures, "rendered", lambda figure, _: seen.append(figure) or b"")
     summary = write_fake_run(tmp_path, ["fc"], 2, 2)
     figures.write_figures(tmp_path)
     assert "λ" not in seen[-1].axes[0].get_title()

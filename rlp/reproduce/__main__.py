@@ -44,8 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def reproduce(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
     """Train, read, judge, write."""
+    from rlp.report.figures import FORMATS, rendered
     from rlp.reproduce import study as studies
-    from rlp.reproduce.figure import FORMATS, rendered, verdict_figure
+    from rlp.reproduce.figure import verdict_figure
     from rlp.reproduce.readings import points_of, probe_tasks
     from rlp.reproduce.table import as_json, as_markdown, summary_lines
     from rlp.reproduce.verdict import judge

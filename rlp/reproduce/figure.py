@@ -1,10 +1,9 @@
 """The figure of a finding: above, the readings of every contrast in order; below, its estimate by each reading."""
 
 from collections.abc import Sequence
-from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
-from rlp.errors import UserError
+from rlp.report.figures import BLUE, GREEN, GREY, ORANGE, new_figure
 from rlp.reproduce.study import Study
 from rlp.reproduce.verdict import OPPOSITE, REPRODUCED, Judged
 
@@ -12,10 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe & Ito (2008): colours that stay apart for every kind of colour vision.
-BLUE, ORANGE, GREEN, PURPLE, SKY, BROWN, GREY = (
-    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8A5A00", "#666666",
-)  # fmt: skip
+PURPLE, SKY, BROWN = "#CC79A7", "#56B4E9", "#8A5A00"
 STYLES = {
     ("training heads, online", "κ"): (ORANGE, "D"),
     ("training heads, eval", "κ"): (BROWN, "s"),
@@ -24,18 +20,12 @@ STYLES = {
     ("fresh heads, budget", "κ"): (GREEN, "^"),
     ("fresh heads, budget", "Δ"): (PURPLE, "^"),
 }
-FORMATS = ("png", "pdf")
-DPI = 150
 
 
 def verdict_figure(study: Study, judged: Sequence[Judged]) -> "Figure":
     """Two panels for each contrast."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("the figure needs the package matplotlib, which is not installed") from None
     contrasts = list(dict.fromkeys(each.contrast for each in judged))
-    figure = Figure(figsize=(5.2 * len(contrasts) + 1.2, 7.4), layout="constrained")
+    figure = new_figure(5.2 * len(contrasts) + 1.2, 7.4)
     axes = figure.subplots(2, len(contrasts), squeeze=False, height_ratios=(3, 2))
     for column, contrast in enumerate(contrasts):
         mine = [each for each in judged if each.contrast == contrast]
@@ -128,11 +118,3 @@ def _bars(axes: "Axes", places: Sequence[float], estimates: Sequence[Any], colou
         ends = [estimate.low, estimate.high]
         line = ([place, place], ends) if vertical else (ends, [place, place])
         axes.plot(*line, color=colour, linewidth=2, alpha=0.6)
-
-
-def rendered(figure: "Figure", suffix: str) -> bytes:
-    """The file's content; equal figures give equal bytes."""
-    buffer = BytesIO()
-    metadata = {"CreationDate": None} if suffix == "pdf" else {"Software": None}
-    figure.savefig(buffer, format=suffix, dpi=DPI, metadata=metadata)
-    return buffer.getvalue()

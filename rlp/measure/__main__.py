@@ -46,7 +46,7 @@ def probe(arguments: argparse.Namespace) -> int:
     a = arguments
     options = ProbeOptions(
         taps=tuple(a.taps or ()),
-        n=tuple(a.n),
+        n=tuple(a.n or ()),
         draws=a.draws,
         protocols=tuple(a.protocols),
         heads=tuple(a.heads),
@@ -56,6 +56,8 @@ def probe(arguments: argparse.Namespace) -> int:
         modes=tuple(a.modes),
         images=tuple(a.images),
         samples=a.samples,
+        tolerance=a.tolerance,
+        max_steps=a.max_steps,
         seed=a.seed,
         checkpoint=a.checkpoint,
         device=a.device,
@@ -97,13 +99,13 @@ def _add_probe(part: argparse.ArgumentParser) -> None:
         text = f"{about}: {', '.join(known)} (default: {' '.join(default) if default != known else 'all'})"
         part.add_argument(f"--{name}", nargs="+", choices=known, default=default, metavar=name[:-1].upper(), help=text)
 
-    def number(name: str, about: str, kind: Callable[[str], int] = int) -> None:
+    def number(name: str, about: str, kind: Callable[[str], float] = int) -> None:
         value = getattr(defaults, name)
         shown = "" if value is None else f" (default: {value})"
-        part.add_argument(f"--{name}", type=kind, default=value, metavar="N", help=about + shown)
+        part.add_argument(f"--{name.replace('_', '-')}", type=kind, default=value, metavar="N", help=about + shown)
 
     part.add_argument(
-        "--n", nargs="+", type=int, default=defaults.n, metavar="N", help="numbers of random labels (default: 2 10 100)"
+        "--n", nargs="+", type=int, metavar="N", help="numbers of random labels (default: 2 10 100; views, budget: 10)"
     )
     number("draws", "fresh random labellings, with heads of their own each")
     several("protocols", PROTOCOLS, defaults.protocols, "what is done with the heads")
@@ -114,6 +116,8 @@ def _add_probe(part: argparse.ArgumentParser) -> None:
     several("modes", MODES, defaults.modes, "mode of the network when features are taken")
     several("images", IMAGES, defaults.images, "images that converged and budgeted heads are fitted to and scored on")
     number("samples", "members, and as many non-members, at most (default: as many as there are of both)")
+    number("tolerance", "of fits until convergence: the gradient's norm over that at the beginning", float)
+    number("max_steps", "passes of a fit, after which it has not converged")
     number("seed", "of fresh draws, subsets, noise and the untrained network")
     part.add_argument("--checkpoint", default="last", metavar="C", help="last, best or a file (default: %(default)s)")
     part.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")

@@ -79,6 +79,7 @@ def fit_budget(
     seed: int = 0,
     classes: Tensor | None = None,
     num_classes: int = 0,
+    held_out: tuple[Tensor, Tensor, Tensor | None] | None = None,
 ) -> BudgetCurve:
     """Train H heads on the features as they are, and read all samples after each of `steps`.
 
@@ -98,6 +99,7 @@ def fit_budget(
         seed: of the batches' order and of two-layer heads.
         classes: class of each sample, int64 ``[N]``, for heads per class.
         num_classes: C, 0 for the largest class plus one.
+        held_out: features, random labels and classes of other samples, which are read instead of those trained on.
 
     Raises:
         UserError: an argument is out of range or does not fit, or features are not finite.
@@ -115,6 +117,7 @@ def fit_budget(
     else:
         heads = LinearHeads.zeros(target.shape[1], n, x.shape[1], count or None, x.device)
     optimizer = torch.optim.AdamW(heads.parameters(), lr=lr, weight_decay=0.0)
+    seen = (x, target, given) if held_out is None else held_out
     batches = Batches(len(x), batch_size, random, x.device)
     correct, done = [], 0
     with torch.enable_grad(), full_precision(x.device):
@@ -126,5 +129,5 @@ def fit_budget(
                 loss.fit.sum().backward()
                 optimizer.step()
             done = stop
-            correct.append(read_heads(heads, x, target, given)[0].T.numpy())
+            correct.append(read_heads(heads, *seen)[0].T.numpy())
     return BudgetCurve(np.asarray(steps, np.int64), np.stack(correct))

@@ -13,7 +13,7 @@ from rlp.errors import UserError
 from rlp.files import write_atomically
 from rlp.measure.controls import Material, Sets, materials
 from rlp.measure.features import FeatureSet, Mode, augmentation, extract, probe_taps
-from rlp.measure.fit import HeadSpec
+from rlp.measure.fit import TOLERANCE, HeadSpec
 from rlp.measure.preprocess import FEATURES
 from rlp.measure.protocols import Protocol, Result, Setting, for_retrieval, read, views_of
 from rlp.measure.reading import Reading, save_readings
@@ -26,6 +26,8 @@ PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
 HEADS = ("linear", "two-layer", "per-class")
 MODES: tuple[Mode, ...] = get_args(Mode)
 IMAGES = ("clean", "augmented")
+DEFAULT_N = {"converged": (2, 10, 100), "views": (10,), "budget": (10,)}
+"""Random labels where none are asked for: many only where heads are fitted fast."""
 FEWEST = 8
 """Samples that a group must have: the leak check halves them."""
 
@@ -38,20 +40,21 @@ class ProbeOptions:
 
     Attributes:
         taps: patterns; empty for those of the run, or else of the model.
-        n: numbers of random labels.
+        n: numbers of random labels; empty for :data:`DEFAULT_N`.
         draws: independent labellings, each with heads of its own.
         protocols, heads, features: see :data:`PROTOCOLS`, :data:`HEADS`, :data:`rlp.measure.preprocess.FEATURES`.
         hidden: width of two-layer heads.
         width: of the projection.
         modes, images: of the network, and of what it sees.
         samples: of each group, at most; None for all that members and non-members have both.
+        tolerance, max_steps: of fits until convergence, see :func:`rlp.measure.fit.fit_converged`.
         seed: of fresh draws, subsets, noise and the untrained network.
         checkpoint, device: as for :func:`rlp.measure.run.open_run`.
         out: folder of the results; None for ``measure`` in the run's.
     """
 
     taps: tuple[str, ...] = ()
-    n: tuple[int, ...] = (2, 10, 100)
+    n: tuple[int, ...] = ()
     draws: int = 10
     protocols: tuple[Protocol, ...] = PROTOCOLS
     heads: tuple[Literal["linear", "two-layer", "per-class"], ...] = ("linear",)
@@ -61,6 +64,8 @@ class ProbeOptions:
     modes: tuple[Mode, ...] = ("eval",)
     images: tuple[str, ...] = ("clean",)
     samples: int | None = None
+    tolerance: float = TOLERANCE
+    max_steps: int = 2000
     seed: int = 0
     checkpoint: str = "last"
     device: str = "auto"
@@ -72,11 +77,13 @@ class ProbeOptions:
             given = getattr(self, key)
             if not given or len(set(given)) < len(given) or not set(given) <= set(names):
                 raise UserError(f"--{key} is {' '.join(given)!r}; expected some of {', '.join(names)}, each once")
-        if not self.n or min(self.n) < 2 or max(self.n) > 2**31 or len(set(self.n)) < len(self.n):
+        if any(not 2 <= n <= 2**31 for n in self.n) or len(set(self.n)) < len(self.n):
             raise UserError(f"--n is {' '.join(map(str, self.n))!r}; expected numbers from 2 to 2^31, each once")
-        for key in ("draws", "hidden", "width"):
+        for key in ("draws", "hidden", "width", "max_steps"):
             if getattr(self, key) < 1:
-                raise UserError(f"--{key} is {getattr(self, key)}; expected at least 1")
+                raise UserError(f"--{key.replace('_', '-')} is {getattr(self, key)}; expected at least 1")
+        if not 0 <= self.tolerance < 1:
+            raise UserError(f"--tolerance is {self.tolerance}; expected a number from 0 to below 1")
         if self.samples is not None and self.samples < FEWEST:
             raise UserError(f"--samples is {self.samples}; expected at least {FEWEST}")
         if not 0 <= self.seed < 2**63:
@@ -152,7 +159,7 @@ def _settings(run: Run, options: ProbeOptions, mode: Mode) -> Iterator[Setting]:
         fixed = protocol in ("views", "retrieval")
         if protocol == "online" or (fixed and images != options.images[0]):
             continue
-        for kind, n in [("linear", 0)] if protocol == "retrieval" else product(options.heads, options.n):
+        for kind, n in product(*_heads_and_n(options, protocol)):
             yield Setting(
                 protocol=protocol,
                 mode=mode,
@@ -163,8 +170,16 @@ def _settings(run: Run, options: ProbeOptions, mode: Mode) -> Iterator[Setting]:
                 head=HeadSpec(kind=kind, hidden=options.hidden),  # type: ignore[arg-type]
                 seed=options.seed,
                 num_classes=len(run.card.classes),
+                tolerance=options.tolerance,
+                max_steps=options.max_steps,
                 device=run.device,
             )
+
+
+def _heads_and_n(options: ProbeOptions, protocol: Protocol) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    if protocol == "retrieval":  # no heads, and as many labels as samples
+        return ("linear",), (0,)
+    return options.heads, options.n or DEFAULT_N[protocol]
 
 
 def _probe_mode(run: Run, options: ProbeOptions, mode: Mode, found: _Gathered, bar: Any) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlp.measure.controls import Material, Part
-from rlp.measure.fit import HeadSpec, fit_budget, fit_converged
+from rlp.measure.fit import TOLERANCE, HeadSpec, fit_budget, fit_converged
 from rlp.measure.preprocess import Preprocess
 from rlp.measure.reading import Condition, Reading
 from rlp.measure.retrieval import own_view_is_nearest
@@ -51,6 +51,8 @@ class Setting:
     head: HeadSpec = field(default_factory=HeadSpec)
     seed: int = 0
     num_classes: int = 0
+    tolerance: float = TOLERANCE
+    max_steps: int = 2000
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
@@ -145,6 +147,8 @@ def _converged(material: Material, setting: Setting, transform: Preprocess) -> R
         setting.head,
         classes=_classes(material.fit, setting),
         num_classes=setting.num_classes if setting.head.kind == "per-class" else 0,
+        max_steps=setting.max_steps,
+        tolerance=setting.tolerance,
         seed=setting.seed,
     )
     part = material.score
@@ -166,6 +170,11 @@ def _converged(material: Material, setting: Setting, transform: Preprocess) -> R
     )
 
 
+def _held_out(part: Part, setting: Setting, transform: Preprocess) -> tuple[Tensor, Tensor, Tensor | None]:
+    x = transform(part.rows).to(setting.device)
+    return x, part.targets(setting.n).to(setting.device), _classes(part, setting)
+
+
 def log_weights(steps: Sequence[int]) -> np.ndarray:
     """Weights of the trapezoid rule over log2 of the steps, float64 ``[S]`` that sum to 1."""
     if len(steps) == 1:
@@ -177,6 +186,7 @@ def log_weights(steps: Sequence[int]) -> np.ndarray:
 
 def _budget(material: Material, setting: Setting, transform: Preprocess) -> Result:
     x = transform(material.fit.rows).to(setting.device)
+    other = material.score is not material.fit
     curve = fit_budget(
         x,
         material.fit.targets(setting.n).to(setting.device),
@@ -186,7 +196,9 @@ def _budget(material: Material, setting: Setting, transform: Preprocess) -> Resu
         classes=_classes(material.fit, setting),
         num_classes=setting.num_classes if setting.head.kind == "per-class" else 0,
         seed=setting.seed,
+        held_out=_held_out(material.score, setting, transform) if other else None,
     )
+    part = material.score
     weights = log_weights(curve.steps.tolist()).astype(np.float32)
     correct = np.einsum("s,skn->kn", weights, curve.correct, dtype=np.float32)[:, None]
     accuracy = curve.correct.mean(axis=(1, 2))
@@ -194,7 +206,7 @@ def _budget(material: Material, setting: Setting, transform: Preprocess) -> Resu
     none = np.full(correct.shape, np.nan, np.float32)
     return Result(
         group=material.group,
-        part=material.fit,
+        part=part,
         n=setting.n,
         correct=correct,
         log_p=none,

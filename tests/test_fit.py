@@ -251,6 +251,9 @@ def test_half_precision_and_huge_features_are_fitted_too() -> None:
     x, target = random_problem(200, 8, 1, 3)
     plain = fit_converged(x, target, 3).loss.item()
     assert fit_converged(x * 1e30, target, 3).loss.item() == pytest.approx(plain, abs=1e-5)
+    double = x.double() + 1e5  # float32 would round it to hundredths
+    fit = fit_converged(double, target, 3)
+    assert -fit.read(double, target)[1].mean().item() == pytest.approx(plain, abs=1e-5)
     assert fit_converged(x.bfloat16(), target, 3).loss.item() == pytest.approx(plain, abs=0.01)
     with torch.autocast("cpu", torch.bfloat16):
         assert fit_converged(x, target, 3).loss.item() == plain

@@ -32,7 +32,7 @@ LINEAR = HeadSpec()
 TOLERANCE = 1e-4
 SURE = math.log(9.0)
 """``z_t - lse_rest`` from which on a label has a probability of 0.9."""
-LOGITS_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
+LOGITS_BYTES = {"cpu": 4 * 2**20, "cuda": 64 * 2**20}
 """Bytes of logits that one piece of the samples has: on a CPU so few that the passes over them stay in its caches."""
 STATE_BYTES = 2**30
 """Bytes that the optimiser's memory may take; more heads are fitted in groups."""

@@ -122,7 +122,7 @@ def read_heads(heads: Heads, x: Tensor, target: Tensor, classes: Tensor | None) 
     with torch.no_grad(), full_precision(x.device):
         for start in range(0, len(x), rows):
             piece = slice(start, start + rows)
-            stats = heads.loss(x[piece].float(), target[piece], None if classes is None else classes[piece]).stats
+            stats = heads.loss(x[piece], target[piece], None if classes is None else classes[piece]).stats
             margin = stats.z_t - stats.max_rest
             log_p = -F.softplus(stats.lse_rest - stats.z_t)
             parts.append((margin.cpu() > 0, log_p.float().cpu(), margin.float().cpu()))

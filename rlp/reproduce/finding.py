@@ -180,9 +180,7 @@ def read_finding(path: Path) -> Finding:
         raise UserError(f"{path}: variants is empty; expected at least one")
     for name in variants:
         if not name or not all(letter.isalnum() or letter in "._" for letter in name):
-            raise UserError(
-                f"{path}: variant '{name}' has a name that no folder should have; expected letters and digits"
-            )
+            raise UserError(f"{path}: variant '{name}' cannot name a folder; expected letters, digits, dots and _")
     contrasts = fields.take("contrasts", list)
     sizes = fields.take("sizes", dict, {})
     finding = Finding(

@@ -36,9 +36,11 @@ class Branch(nn.Module):
         self._in_eval = in_eval
         path, old = _classifier(self.tail)
         self.classifier_path = path
-        new = nn.Linear(
-            old.in_features, num_labels, old.bias is not None, device=old.weight.device, dtype=old.weight.dtype
-        )
+        # Not initialised here, which would draw from the global generator.
+        new = nn.utils.skip_init(
+            nn.Linear, old.in_features, num_labels, old.bias is not None, device=old.weight.device,
+            dtype=old.weight.dtype,
+        )  # fmt: skip
         self.tail.set_submodule(path, new)
         for parameter in self.parameters():
             parameter.requires_grad_(True)
@@ -127,7 +129,13 @@ class CopiedBank(Bank):
     def _check_output(self, example: Tensor) -> None:
         """The first copy gives logits."""
         branch = self.branches[0].eval()
-        found = branch(example)
+        try:
+            found = branch(example)
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise UserError(
+                f"a copy of what lies behind tap '{self.tap}', its last linear layer with {self.num_labels} outputs, "
+                f"does not run ({error}); expected that layer to be the model's output"
+            ) from error
         branch.train()
         shape = (len(example), self.num_labels)
         if not isinstance(found, Tensor) or tuple(found.shape) != shape:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rlp.errors import UserError
-from rlp.intervals import draw_interval
+from rlp.intervals import draw_interval, student_t
 from rlp.measure.estimate import (
     Estimate,
     auroc_estimate,
@@ -35,6 +35,7 @@ def study(random: Random, shape: tuple[int, int, int], **sd: float) -> list[np.n
 MODELS: dict[str, tuple[tuple[int, int, int], dict[str, float]]] = {
     "nested": ((3, 5, 200), {"s": 0.05, "sk": 0.03, "ski": 0.5}),
     "seeds alone": ((3, 5, 200), {"s": 0.08, "ski": 0.1}),
+    "seeds as noise": ((3, 5, 200), {"s": 0.03, "sk": 0.02, "ski": 0.4}),
     "no seeds": ((3, 5, 200), {"sk": 0.02, "si": 0.3, "ski": 0.5}),
     "noise": ((3, 5, 200), {"ski": 0.5}),
     "crossed": ((3, 5, 200), {"s": 0.02, "k": 0.02, "i": 0.3, "sk": 0.01, "si": 0.2, "ki": 0.2, "ski": 0.4}),
@@ -138,12 +139,13 @@ def test_the_closed_form_is_the_limit_of_resampling() -> None:
     lower = sum(term / math.prod(factor[axis] for axis in axes) for axes, term in terms.items())
     terms[0, 1, 2] = math.prod(factor.values()) * (resampled_variances(values, (0, 1, 2)) - lower)
     variance = sum((-1) ** (len(axes) + 1) * term for axes, term in terms.items())
-    main = [terms[axis,] for axis in range(3)]
-    freedom = math.floor(sum(main) ** 2 / sum(term**2 / (n - 1) for term, n in zip(main, values.shape, strict=True)))
-    z_to_t = draw_interval([0.0, 1.0] + [0.5] * (freedom - 1)).half_width  # t · s / sqrt(freedom + 1)
-    assert z_to_t is not None
-    t = z_to_t / (math.sqrt(0.5 / freedom) / math.sqrt(freedom + 1))
-    assert width(mean_estimate(list(values))) / 2 == pytest.approx(t * math.sqrt(max(variance, *main)), rel=0.05)
+    seeds = sum((-1) ** (len(axes) + 1) * term for axes, term in terms.items() if 0 in axes)
+    draws, samples = terms[1,], terms[2,]
+    freedom = math.floor((draws + samples) ** 2 / (draws**2 / 5 + samples**2 / 11))
+    assert seeds > 0
+    assert variance > max(terms[axis,] for axis in range(3))  # so that no floor is tested here
+    expected = math.sqrt(seeds * student_t(0.95, 3) ** 2 + (variance - seeds) * student_t(0.95, freedom) ** 2)
+    assert width(mean_estimate(list(values))) / 2 == pytest.approx(expected, rel=0.05)
 
 
 def test_seeds_of_one_number_are_students_t() -> None:

@@ -49,12 +49,14 @@ KEEPERS = {
     "matplotlib": ("rlp.report", "rlp.reproduce.figure", "benchmarks"),
     "tensorboard": ("rlp.runlog",),
     "cv2": ("benchmarks",),
-    "pyarrow": ("data_prep.parquet",),
+    "pyarrow": ("data_prep.parquet", "rlp.measure.scores"),
+    "pandas": ("rlp.measure.scores",),
 }
 # Packages that `import rlp` and its rooms must do without, and the modules that exist for one of them.
 BLOCKED = (
     "ffcv",
     "pyarrow",
+    "pandas",
     "numba",
     "triton",
     "fastargs",

@@ -22,11 +22,19 @@ from torch import Tensor
 
 from benchmarks import harness
 from rlp.errors import UserError
-from rlp.measure.fit import LinearObjective, fit_converged
+from rlp.measure.fit import fit_converged
+from rlp.measure.linear import LinearObjective
 from rlp.measure.preprocess import Preprocess
 
-MEASURES = ["rlp/measure/fit.py", "rlp/measure/lbfgs.py", "rlp/measure/heads.py", "rlp/measure/whiten.py",
-            "rlp/measure/spectrum.py", "rlp/kernels/*.py"]  # fmt: skip
+MEASURES = [
+    "rlp/measure/fit.py",
+    "rlp/measure/linear.py",
+    "rlp/measure/lbfgs.py",
+    "rlp/measure/heads.py",
+    "rlp/measure/whiten.py",
+    "rlp/measure/spectrum.py",
+    "rlp/kernels/*.py",
+]
 SAMPLES, DIM, TAPS, DRAWS, LABELS = 50_000, 256, 5, 30, 10
 OTHERS = ((2, 30), (100, 3))
 """n and draws of the further cases, on one tap."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from benchmarks import probe
 from rlp.errors import UserError
-from rlp.measure import fit as fit_module
+from rlp.measure import linear
 from rlp.measure.fit import BudgetCurve, HeadFit, HeadSpec, fit_budget, fit_converged
 from rlp.measure.preprocess import Preprocess
 
@@ -126,8 +126,8 @@ def test_heads_do_not_depend_on_each_other(monkeypatch: pytest.MonkeyPatch) -> N
     for head in range(5):
         alone = fit_converged(x, target[:, head : head + 1], 4)
         assert alone.loss.item() == pytest.approx(together.loss[head].item(), abs=1e-6)
-    monkeypatch.setattr(fit_module, "STATE_BYTES", 40_000)  # heads in groups, few pairs
-    monkeypatch.setattr(fit_module, "LOGITS_BYTES", {"cpu": 1})  # samples in pieces
+    monkeypatch.setattr(linear, "STATE_BYTES", 40_000)  # heads in groups, few pairs
+    monkeypatch.setattr(linear, "LOGITS_BYTES", {"cpu": 1})  # samples in pieces
     assert fit_converged(x, target, 4).loss.tolist() == pytest.approx(together.loss.tolist(), abs=1e-5)
 
 

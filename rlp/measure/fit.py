@@ -11,17 +11,16 @@ samples in general position even the network hardly matters (Cover 1965).
 
 from collections.abc import Callable
 from dataclasses import dataclass
-import math
 
 import torch
 from torch import Tensor
 
 from rlp.errors import UserError
-from rlp.kernels.loss import random_label_loss
 from rlp.kernels.reference import RandomLabelLoss
 from rlp.measure.budget import BudgetCurve, fit_budget
 from rlp.measure.heads import Heads, HeadSpec, LinearHeads, check_labels, check_problem, full_precision, read_heads
-from rlp.measure.lbfgs import MEMORY, Found, minimise
+from rlp.measure.lbfgs import Found
+from rlp.measure.linear import WhitenedHeads, fit_linear
 from rlp.measure.spectrum import check_features
 from rlp.measure.two_layer import train_two_layer
 from rlp.measure.whiten import Whitening
@@ -30,12 +29,6 @@ __all__ = ["BudgetCurve", "HeadFit", "HeadSpec", "fit_budget", "fit_converged"]
 
 LINEAR = HeadSpec()
 TOLERANCE = 1e-4
-SURE = math.log(9.0)
-"""``z_t - lse_rest`` from which on a label has a probability of 0.9."""
-LOGITS_BYTES = {"cpu": 4 * 2**20, "cuda": 64 * 2**20}
-"""Bytes of logits that one piece of the samples has: on a CPU so few that the passes over them stay in its caches."""
-STATE_BYTES = 2**30
-"""Bytes that the optimiser's memory may take; more heads are fitted in groups."""
 SEVERITY = ("separated", "gradient", "loss", "steps")
 
 Progress = Callable[[str], None]
@@ -129,104 +122,18 @@ def fit_converged(
         if count and classes is not None:
             return _fit_classes(x.detach(), target, n, classes, count, max_steps, tolerance, progress)
         if spec.kind == "linear":
-            return _fit_linear(x.detach(), target, n, max_steps, tolerance, progress)
+            heads, found = fit_linear(x.detach(), target, n, max_steps, tolerance, progress)
+            return _head_fit(heads, found, n)
         whitening = Whitening.fit(x.detach())
         heads, found = train_two_layer(whitening(x.detach()), target, n, spec.hidden, max_steps, seed, progress)
-        return _head_fit(found.passes, found.reason, found.loss, _Whitened(whitening, heads), n)
+        return _head_fit(WhitenedHeads(whitening, heads), found, n)
 
 
-def _head_fit(steps: int, reason: list[str], loss: Tensor, heads: Heads, n: int) -> HeadFit:
-    converged = torch.tensor([name != "steps" for name in reason])
-    return HeadFit(steps=steps, converged=converged, reason=reason, loss=loss.cpu(), heads=heads, num_labels=n)
-
-
-# -- linear ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Whitened:
-    """Heads that take whitened features."""
-
-    whitening: Whitening
-    heads: Heads
-
-    @property
-    def row_bytes(self) -> int:
-        return self.heads.row_bytes
-
-    def loss(self, x: Tensor, target: Tensor, classes: Tensor | None) -> RandomLabelLoss:
-        return self.heads.loss(self.whitening(x), target, classes)
-
-
-def _fit_linear(
-    x: Tensor, target: Tensor, n: int, max_steps: int, tolerance: float, progress: Progress | None
-) -> HeadFit:
-    whitening = Whitening.fit(x)
-    white, heads = whitening(x), target.shape[1]
-    size = n * (white.shape[1] + 1)
-    memory = max(3, min(MEMORY, STATE_BYTES // (8 * size)))
-    group = max(1, STATE_BYTES // (4 * size * (2 * memory + 8)))
-    found = []
-    for start in range(0, heads, group):
-        columns = target[:, start : start + group]
-        found.append(_minimise(white, columns, n, memory, max_steps, tolerance, progress))
-    point = torch.cat([part.point for part in found]).unflatten(1, (n, -1))
-    linear = LinearHeads(point[..., :-1].contiguous(), point[..., -1].contiguous())
-    reason = [name for part in found for name in part.reason]
-    steps = max(part.passes for part in found)
-    return _head_fit(steps, reason, torch.cat([part.loss for part in found]), _Whitened(whitening, linear), n)
-
-
-def _minimise(
-    white: Tensor, target: Tensor, n: int, memory: int, max_steps: int, tolerance: float, progress: Progress | None
-) -> Found:
-    """L-BFGS over the heads of ``target [N, H]``; a point is ``[n, R + 1]``, the bias last."""
-
-    def report(passes: int, running: int) -> None:
-        if progress is not None and passes % 10 == 0:
-            progress(f"{passes} passes, {running} of {target.shape[1]} heads to go")
-
-    return minimise(
-        LinearObjective(white, target, n),
-        white.new_zeros(target.shape[1], n * (white.shape[1] + 1)),
-        curvature=1 / n,  # of whitened features at zero weights: (1 - 1 / n) / n, and 1 / n along the gradient
-        tolerance=tolerance, max_passes=max_steps, memory=memory, report=report,
-    )  # fmt: skip
-
-
-class LinearObjective:
-    """Loss and gradient of linear heads through the fused loss, over pieces of the samples; for `minimise`.
-
-    Args:
-        white: features float32 ``[N, R]``.
-        target: random labels int64 ``[N, H]``.
-        n: number of random labels; a point is the weight and, last, the bias: ``[n, R + 1]``, flattened.
-    """
-
-    def __init__(self, white: Tensor, target: Tensor, n: int) -> None:
-        self.white, self.all_targets, self.n = white, target, n
-        self.target = target.contiguous()
-
-    def __call__(self, point: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if self.target.shape[1] != len(numbers):
-            self.target = self.all_targets[:, numbers]
-        samples = len(self.white)
-        rows = max(256, LOGITS_BYTES[self.white.device.type] // (4 * len(numbers) * self.n))
-        both = point.unflatten(1, (self.n, -1))
-        weight, bias = (part.contiguous().requires_grad_() for part in (both[..., :-1], both[..., -1]))
-        loss = point.new_zeros(len(numbers), dtype=torch.float64)
-        least = point.new_full((len(numbers),), torch.inf)
-        for start in range(0, samples, rows):
-            target = self.target[start : start + rows]
-            found = random_label_loss(self.white[start : start + rows], weight, bias, target)
-            part = found.fit * (len(target) / samples)
-            part.sum().backward()
-            loss += part.detach()
-            least = torch.minimum(least, (found.stats.z_t - found.stats.lse_rest).detach().amin(0))
-        assert weight.grad is not None
-        assert bias.grad is not None
-        gradient = torch.cat([weight.grad, bias.grad.unsqueeze(2)], dim=2).flatten(1)
-        return loss, gradient, least >= SURE
+def _head_fit(heads: Heads, found: Found, n: int) -> HeadFit:
+    converged = torch.tensor([name != "steps" for name in found.reason])
+    return HeadFit(
+        steps=found.passes, converged=converged, reason=found.reason, loss=found.loss.cpu(), heads=heads, num_labels=n
+    )
 
 
 # -- per class ---------------------------------------------------------------------------------------------------
@@ -266,19 +173,20 @@ def _fit_classes(
     tolerance: float,
     progress: Progress | None,
 ) -> HeadFit:
-    fits: list[HeadFit | None] = []
+    heads: list[Heads | None] = [None] * count
+    fits = []
     loss = torch.zeros(target.shape[1], dtype=torch.float64)
     for c in range(count):
         mine = classes == c
         samples = int(mine.sum())
-        fit = _fit_linear(x[mine], target[mine], n, max_steps, tolerance, None) if samples else None
-        fits.append(fit)
-        if fit is not None:
-            loss += fit.loss * (samples / len(x))
+        if samples:
+            heads[c], found = fit_linear(x[mine], target[mine], n, max_steps, tolerance, None)
+            loss += found.loss.cpu() * (samples / len(x))
+            fits.append(found)
         if progress is not None:
             progress(f"{c + 1} of {count} classes")
-    present = [fit for fit in fits if fit is not None]
-    reason = [max(names, key=SEVERITY.index) for names in zip(*(fit.reason for fit in present), strict=True)]
+    reason = [max(names, key=SEVERITY.index) for names in zip(*(found.reason for found in fits), strict=True)]
     absent = LinearHeads(x.new_zeros(target.shape[1], n, x.shape[1]).float(), x.new_zeros(target.shape[1], n).float())
-    heads = _PerClass([None if fit is None else fit.heads for fit in fits], absent)
-    return _head_fit(max(fit.steps for fit in present), reason, loss, heads, n)
+    passes = max(found.passes for found in fits)
+    whole = Found(point=x.new_zeros(0), loss=loss, reason=reason, passes=passes)
+    return _head_fit(_PerClass(heads, absent), whole, n)

@@ -8,8 +8,8 @@ squares of the table seeds x draws x samples, and none has to be drawn: the resu
 Three corrections make the plain bootstrap right for few units:
 
 - resampling k units makes the variance (k - 1)/k of what it should be: the sums of squares are divided by k - 1;
-- resampling several levels at once counts what two of them share twice, and noise up to seven times (Owen, "The
-  pigeonhole bootstrap", Annals of Applied Statistics 2007, arXiv 0712.1111): by inclusion and exclusion each share is
+- resampling several levels at once counts what two of them share three times, and noise seven times (Owen, "The
+  pigeonhole bootstrap", Annals of Applied Statistics 1, 2007): by inclusion and exclusion each share is
   counted once (Searle, Casella, McCulloch, "Variance Components", 1992);
 - the ends lie Student's t away: with S - 1 degrees of freedom for the part of the variance that S seeds add, and for
   the rest with those of draws and samples (Satterthwaite, Biometrics Bulletin 2, 1946).

@@ -71,9 +71,12 @@ def _of_run(run: ReportRun, name: str) -> Html:
 
 def _samples(run: ReportRun) -> str:
     final = run.epochs[-1]
-    counts = [f"{name} N = {int(final[key]['count']):,}" for key, name in (("train", "training"), ("val", "validation"))
-              if final.get(key)]  # fmt: skip
-    return ", ".join(counts) + "; one network, so no interval."
+    counts = [
+        f"{int(final[key]['count']):,} {name}"
+        for key, name in (("train", "training"), ("val", "validation"))
+        if final.get(key)
+    ]
+    return f"N = {' and '.join(counts)} images; one network, so no interval."
 
 
 def _controls(run: ReportRun) -> str:

@@ -11,6 +11,9 @@ from rlp.report.page_run import ReportRun
 from rlp.report.page_svg import RUN_COLOURS, depth_legend, grid_of, inline_svg, legend, panel
 from rlp.runlog import Row
 
+SMALLEST_SHARE = 1e-7
+"""Of the variance; smaller ones are rounding, and are cut off."""
+
 
 def features_section(runs: list[ReportRun]) -> Html:
     """The section, of what the probes have; empty without a probe."""
@@ -79,6 +82,7 @@ def _budget_panel(rows: Sequence[Row], taps: list[str], title: str, name: str) -
             f"{row['tap']}: area {shown(row['members'])} for members, {shown(row['non_members'])} for non-members"
         )
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.axhline(0, color=GREY, linewidth=0.9)
     axes.set_xlabel("steps of the heads")
     axes.set_title(title, fontsize=9.5)
@@ -133,6 +137,9 @@ def _eigenvalue_panel(rows: Sequence[Row], name: str) -> Html:
             )
     axes.set_xscale("log")
     axes.set_yscale("log")
+    axes.set_ylim(bottom=max(SMALLEST_SHARE, axes.get_ylim()[0]))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
     axes.set_xlabel("eigenvalue number")
     axes.set_title("share of the variance", fontsize=9.5)
     axes.grid(alpha=0.3)
@@ -167,6 +174,7 @@ def _rank_panel(rows: Sequence[Row], control: Sequence[Row], name: str) -> Html:
     for place, row in enumerate(rows):
         axes.hlines(row["D"], place - 0.35, place + 0.35, color="#000000", linewidth=1.2)
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
     draw_tap_axis(axes, [row["tap"] for row in rows])
     axes.set_title("directions that the features have", fontsize=9.5)
     axes.grid(axis="y", alpha=0.3)

@@ -1,6 +1,7 @@
 """The top of a page: which runs, what they reached, and how to repeat them."""
 
 import json
+from pathlib import Path
 import shlex
 from typing import Any
 
@@ -31,7 +32,7 @@ def _facts(run: ReportRun) -> list[tuple[str, str]]:
     lam = run.lam
     pairs = [
         ("model", run.model),
-        ("training data", str(run.setting("data", "train") or "unknown")),
+        ("training data", "/".join(Path(str(run.setting("data", "train") or "unknown")).parts[-2:])),
         ("N, training images", _count(run, "train")),
         ("validation images", _count(run, "val")),
         ("classes", str(len(class_names(run)) or "unknown")),
@@ -161,47 +162,44 @@ def verdict(row: Row) -> str:
 
 def _overview(runs: list[ReportRun]) -> Html:
     columns = [
-        ("run", "name of the folder"), ("model", ""), ("λ", "weight of the penalty"), ("seed", ""), ("epochs", ""),
-        ("steps", ""), ("N", "training images"), ("acc. train", "class accuracy"), ("acc. val", "class accuracy"),
-        ("tap", "the deepest that was probed"), ("n", "random labels; chance is 1/n"), ("κ members", ""),
-        ("κ non-members", ""), ("untrained", "control"), ("Δ", "κ(members) − κ(non-members)"),
-        ("how", "how κ was read"),
+        ("run", "name of the folder"), ("λ", "weight of the penalty"), ("seed", ""),
+        ("acc. train", "class accuracy"), ("acc. val", "class accuracy"), ("Δ", "κ(members) − κ(non-members)"),
+        ("κ members", ""), ("κ non-members", ""), ("untrained", "control"), ("class-only", "control"),
+        ("leak", "control: must be 0"), ("tap", "the deepest that was probed"), ("D", "features"),
+        ("n", "random labels"), ("chance", "accuracy of guessing"), ("N", "members"), ("draws", ""),
+        ("how", "how κ was read"), ("model", ""), ("epochs", ""), ("steps", ""), ("training images", ""),
     ]  # fmt: skip
-    return table(
-        "The runs; κ at the deepest tap with its 95% interval (0 is chance, class-only floors are in the table of all "
-        "readings)",
-        columns,
-        [_overview_row(run) for run in runs],
-        sort=True,
-    )
+    caption = "The runs; κ and Δ at the deepest tap with their 95% intervals, 0 is chance"
+    return table(caption, columns, [_overview_row(run) for run in runs], sort=True)
 
 
 def _overview_row(run: ReportRun) -> list[str | Cell]:
     train, _, val = accuracies(run)
     final = run.epochs[-1]
     lam = Cell(f"{run.lam:g}", float(run.lam)) if is_number(run.lam) else Cell("–")
-    steps = (number_cell(value) for value in (run.seed, final["epoch"], final["step"]))
-    cells: list[str | Cell] = [run.name, run.model, lam, *steps, _count(run, "train"), *map(number_cell, (train, val))]
+    before: list[str | Cell] = [run.name, lam, number_cell(run.seed), number_cell(train), number_cell(val)]
+    after = [run.model, number_cell(final["epoch"]), number_cell(final["step"]), _count(run, "train")]
     rows = primary(run.rows)
     if not rows:
-        return [*cells, *["–"] * 6, "not probed"]
+        return [*before, *["–"] * 12, "not probed", *after]
     row = rows[-1]
-    estimates = [estimate_cell(row.get(key)) for key in ("members", "non_members", "untrained", "delta")]
-    return [*cells, row["tap"], number_cell(row["n"]), *estimates, f"{row['protocol']}, {row['draws']} draws"]
+    controls = [number_cell(row.get("class_only")), estimate_cell(row.get("leak"))]
+    estimates = [estimate_cell(row.get(key)) for key in ("delta", "members", "non_members", "untrained")]
+    place = [row["tap"], number_cell(row["D"]), number_cell(row["n"]), number_cell(row["chance"])]
+    place += [number_cell(row["N"]), number_cell(row["draws"])]
+    how = f"{row['protocol']}, {row['head']}, {row['features']} features"
+    return [*before, *estimates, *controls, *place, how, *after]
 
 
 def _details(run: ReportRun, named: bool) -> Html:
-    """Commands, environment and settings behind a line each."""
-    title = f" of {run.name}" if named else ""
+    """Commands, environment and settings behind a line each; of one run among several behind one line."""
     environment = {key: value for key, value in run.environment.items() if key != "argv"}
     parts = [
-        folded(f"Commands that repeat it{title}", code(commands(run))),
-        folded(f"Environment{title}", code(_lines(environment) or "unknown")),
-        folded(
-            f"All settings{title}", code(_lines(run.config) or "unknown: neither summary.json nor config.yaml has them")
-        ),
+        folded("Commands that repeat it", code(commands(run))),
+        folded("Environment", code(_lines(environment) or "unknown")),
+        folded("All settings", code(_lines(run.config) or "unknown: neither summary.json nor config.yaml has them")),
     ]
-    return join(parts)
+    return folded(f"{run.name}: commands, environment, settings", *parts) if named else join(parts)
 
 
 def commands(run: ReportRun) -> str:

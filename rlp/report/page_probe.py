@@ -100,6 +100,7 @@ def _labels(keys: list[tuple[str, ...]]) -> list[str]:
 def _condition(pairs: list[tuple[ReportRun, Row]], name: str) -> Html:
     first = pairs[0][1]
     parts: list[Html] = [element("p", PROTOCOLS.get(first["protocol"], ""), " ", f"Here: {condition(first)}.")]
+    parts.append(element("p", READINGS["kappa"], *([" ", READINGS["delta"]] if _has_delta(pairs) else [])))
     # Of retrieval n is N, which may differ between runs.
     groups: dict[int, list[tuple[ReportRun, Row]]] = {}
     for run, row in pairs:
@@ -110,6 +111,10 @@ def _condition(pairs: list[tuple[ReportRun, Row]], name: str) -> Html:
         parts += [element("p", "Runs in the figures of Δ:", class_="muted"), run_legend(runs)]
     parts += [_of_n(groups[n], runs, f"{name}-{n}") for n in sorted(groups)]
     return join(parts)
+
+
+def _has_delta(pairs: Sequence[tuple[ReportRun, Row]]) -> bool:
+    return any(mean_of(row["delta"]) is not None for _, row in pairs)
 
 
 def _group_legend(rows: Sequence[Row]) -> Html:
@@ -136,11 +141,10 @@ def _of_n(pairs: list[tuple[ReportRun, Row]], runs: list[ReportRun], name: str) 
         _kappa_panel(rows_of, limits, f"{n}: κ" + (f", {run.name}" if len(runs) > 1 else ""), f"{name}-kappa-{place}")
         for place, (run, rows_of) in enumerate(by_run)
     ]
-    deltas = [(run, rows_of) for run, rows_of in by_run if any(mean_of(row["delta"]) is not None for row in rows_of)]
+    deltas = [(run, rows_of) for run, rows_of in by_run if _has_delta([(run, row) for row in rows_of])]
     if deltas:
         panels.append(_delta_panel(deltas, runs, f"{n}: Δ, members − non-members", name))
-    below = f"{READINGS['kappa']} {READINGS['delta'] if deltas else ''} {_deepest(by_run) if deltas else ''}"
-    return grid_of(panels, caption=_caption(rows), below=below)
+    return grid_of(panels, caption=_caption(rows), below=_deepest(by_run) if deltas else "")
 
 
 def _caption(rows: Sequence[Row]) -> str:
@@ -163,10 +167,16 @@ def _caption(rows: Sequence[Row]) -> str:
 
 
 def _deepest(by_run: Sequence[tuple[ReportRun, list[Row]]]) -> str:
-    if len(by_run) > 1:
-        return ""
-    row = by_run[0][1][-1]
-    return f"At {row['tap']} Δ = {shown(row['delta'])}. {verdict(row)}"
+    """Δ at the deepest tap in words: what it says of one run, or how many runs say what."""
+    last = [rows[-1] for _, rows in by_run]
+    if len(last) == 1:
+        return f"At {last[0]['tap']} Δ = {shown(last[0]['delta'])}. {verdict(last[0])}"
+    found = [ends for row in last if (ends := ends_of(row["delta"]))]
+    above, below = sum(low > 0 for low, _ in found), sum(high < 0 for _, high in found)
+    return (
+        f"At the deepest tap the interval of Δ lies above 0 in {above} of {len(found)} runs, below 0 in {below}, and holds "
+        f"0 in {len(found) - above - below}."
+    )
 
 
 def _limits(rows: Sequence[Row]) -> tuple[float, float]:

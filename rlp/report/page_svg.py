@@ -105,8 +105,7 @@ def _with_variables(text: str) -> str:
         text = re.sub(f"(?<=: ){colour}", f"var(--{variable})", text, flags=re.IGNORECASE)
     for colour, variable in _depth_variables().items():
         text = text.replace(f": {colour}", f": var(--{variable})")
-    # What Matplotlib leaves without a colour is black.
-    return text.replace("<text ", '<text fill="var(--ink)" ')
+    return text  # what Matplotlib leaves without a colour is black: page.css makes it --ink
 
 
 def _depth_variables() -> dict[str, str]:
@@ -134,7 +133,7 @@ def depth_style() -> str:
         values = (to_hex(colormaps["viridis"](first + (last - first) * step / DEPTH_STOPS)) for step in steps)
         return "".join(f"--depth-{step}:{value};" for step, value in enumerate(values))
 
-    return f":root{{{themed(0.0, 0.82)}}}\n@media screen and (prefers-color-scheme:dark){{:root{{{themed(0.3, 1.0)}}}}}"
+    return f":root{{{themed(0.0, 0.82)}}}\n@media screen and (prefers-color-scheme:dark){{:root{{{themed(0.4, 1.0)}}}}}"
 
 
 def legend(entries: list[tuple[str, str, str]], title: str = "") -> Html:

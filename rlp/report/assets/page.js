@@ -19,6 +19,7 @@ for (const [number, box] of document.querySelectorAll(".tabs").entries()) {
     choice.append(label);
   }
   box.before(choice);
+  box.classList.add("chosen");
   show(parts[0]);
 }
 for (const table of document.querySelectorAll("table.sortable")) {

@@ -24,7 +24,7 @@ pytest.importorskip("fastargs")
 
 PROMISED = {
     "depth", "time", "dropout", "weight_decay", "label_smoothing", "lambda_chance", "label_noise", "data_size",
-    "head_labels", "per_class_heads", "copied_heads",
+    "head_labels", "last_layer_penalty", "per_class_heads", "copied_heads",
 }  # fmt: skip
 
 
@@ -230,6 +230,13 @@ def test_a_rise_of_members_alone_is_a_rise_of_delta(monkeypatch: pytest.MonkeyPa
     planted(monkeypatch, LEVELS, {"a": 0.2, "b": 0.2}, lambda variant: 400)
     found = judged_by(a_study(a_contrast("falls")))
     assert found[FRESH[0], "Δ"].estimate.mean == pytest.approx(0.4 / 0.9, abs=0.06)
+    assert {each.verdict for each in found.values()} == {verdict.OPPOSITE}
+
+
+def test_a_claim_about_chance_is_not_judged_by_delta(monkeypatch: pytest.MonkeyPatch) -> None:
+    planted(monkeypatch, LEVELS, LEVELS, lambda variant: 400)
+    found = judged_by(a_study(a_contrast("chance", 1)))
+    assert set(found) == {(reading, "κ") for reading in (*TRAINING, *FRESH)}
     assert {each.verdict for each in found.values()} == {verdict.OPPOSITE}
 
 

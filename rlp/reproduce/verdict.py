@@ -130,7 +130,8 @@ def _judge_kappa(
     }
     by_seed = [[values[selection][i] for selection in over] for i in range(len(study.seeds))]
     paired = all(_same_samples(row) for row in by_seed)
-    kinds = ["κ"] if by_seed[0][0].others is None else ["κ", "Δ"]
+    # Δ is near 0 without a penalty too, so that its being there says nothing of a claim about chance.
+    kinds = ["κ"] if by_seed[0][0].others is None or contrast.expected == "chance" else ["κ", "Δ"]
     judged = []
     for quantity in kinds:
         estimate = _estimate([_combined(row, paired) for row in by_seed], quantity)

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 import os
 from pathlib import Path
 import socket
+import threading
 from typing import cast
 
 import pytest
@@ -287,6 +288,19 @@ class TwoWays(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.inner(x.flatten(1)[:, :4])[0])
+
+
+class Locked(nn.Sequential):
+    """Holds what cannot be copied."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(3, 4, 8), nn.Flatten(), nn.Linear(4, CLASSES))
+        self.lock = threading.Lock()
+
+
+def test_a_network_that_cannot_be_copied_is_said():
+    with pytest.raises(rlp.UserError, match=r"Locked cannot be copied \(.*lock.*\); expected a network that"):
+        rlp.attach(Locked(), ["0"], kind="copied", draws=1, example=images(1))
 
 
 @pytest.mark.parametrize(

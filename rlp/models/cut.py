@@ -129,9 +129,9 @@ def trace(model: nn.Module, taps: list[Tap], training: bool) -> Trace:
     Where it does not (its forward pass asks for values), only the modules that hold a tap are looked into.
 
     Raises:
-        UserError: torch.fx cannot follow the forward pass.
+        UserError: the model cannot be copied, or torch.fx cannot follow its forward pass.
     """
-    copied = without_hooks(copy.deepcopy(model)).train(training)
+    copied = without_hooks(_copy(model)).train(training)
     parents = {".".join(tap.path.split(".")[:count]) for tap in taps for count in range(1, tap.path.count(".") + 1)}
     parameters = inspect.signature(copied.forward).parameters.values()
     defaults = {one.name: one.default for one in parameters if one.default is not one.empty}
@@ -149,6 +149,17 @@ def trace(model: nn.Module, taps: list[Tap], training: bool) -> Trace:
         f"the forward pass of {type(model).__name__} cannot be cut, for torch.fx cannot trace it ({reason}); expected "
         "one without branches on values, or heads of another kind"
     )
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # whatever a model's parts raise, such as a tensor kept from a forward pass
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{type(model).__name__} cannot be copied ({reason}); expected a network that copy.deepcopy takes, or "
+            "heads of another kind"
+        ) from error
 
 
 def without_hooks(model: nn.Module) -> nn.Module:

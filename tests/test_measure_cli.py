@@ -72,11 +72,13 @@ def test_mistakes_end_with_a_sentence_and_status_2(
     assert message in capsys.readouterr().err
 
 
-def test_a_group_that_is_too_small_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = tiny_finished_run(tmp_path, 24, data__member_fraction=0.9, train__epochs=1, data__batch_size=8)
+def test_a_group_that_is_too_small_is_refused(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.modules["rlp.measure.probe"], "FEWEST", 70)
     with pytest.raises(SystemExit):
-        main(["probe", "--run", str(folder)])
-    assert "expected at least 8 of each" in capsys.readouterr().err
+        main(["probe", "--run", str(run_dir)])
+    assert re.search(r"\d+ members and \d+ non-members; expected at least 70 of each", capsys.readouterr().err)
 
 
 def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -453,4 +453,4 @@ def test_one_draw_has_no_interval_and_other_settings_work(run_dir: Path, tmp_pat
     assert len(rows) == 16
     assert all(row["members"]["low"] is None and row["N"] == 20 for row in rows)
     assert {row["D"] for row in rows if row["features"] == "projected"} == {6}
-    assert len({row["accuracy"] for row in rows}) > 4
+    assert len({row["accuracy"] for row in rows}) > 2

@@ -6,13 +6,13 @@ on complementary halves and compares each sample with itself. Exit status: 0; 2 
 
 import argparse
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 import os
 import signal
 import sys
 import time
 
 from rlp.errors import UserError, exit_on_user_error
+from rlp.measure.crossover import add_crossover
 from rlp.measure.preprocess import FEATURES
 from rlp.measure.probe import HEADS, IMAGES, MODES, PROTOCOLS, ProbeOptions, run_probe
 from rlp.measure.table import planted_table, probe_table, rademacher_table
@@ -80,10 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="SUBCOMMAND", required=True)
     about = "read a finished run with fresh heads on fresh draws, beside every control"
     _add_probe(commands.add_parser("probe", help=about, description=about))
-    if find_spec("rlp.measure.crossover") is not None:
-        from rlp.measure import crossover
-
-        crossover.add_crossover(commands)
+    add_crossover(commands)
     return parser
 
 

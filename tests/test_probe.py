@@ -1,8 +1,10 @@
 """Probing finished runs: who is a member, features and their cache, protocols, controls, rows."""
 
+import dataclasses
 import json
 from pathlib import Path
 import shutil
+from typing import Any
 
 import numpy as np
 from probed_run import tiny_finished_run
@@ -124,7 +126,7 @@ def test_features_are_those_of_the_frozen_network(run: Run, tmp_path: Path) -> N
         x = run.model.get_submodule(name)(x)
         assert torch.allclose(found.features[name], x.mean((2, 3)), atol=1e-5)
     assert list(found.features) == ["block1", "block2", "block3"]
-    assert torch.allclose(found.logits, run.model.fc(x.mean((2, 3))), atol=1e-5)
+    assert torch.allclose(found.logits, run.model.get_submodule("fc")(x.mean((2, 3))), atol=1e-5)
     assert (found.ids == group.ids).all()
     assert (found.given == group.view.label[group.view.ids]).all()
     assert (found.true == found.ids % CLASSES).all()
@@ -145,7 +147,7 @@ def test_an_augmented_view_is_an_epoch_that_training_never_saw(run: Run, tmp_pat
     for view in (0, 3):
         moved = move(images, torch.from_numpy(group.ids), FIRST_EPOCH + view, 3, run.geometry, fill_of(run.card.mean))
         with torch.no_grad():
-            expected = run.model.block1(normalised(run, moved.numpy())).mean((2, 3))
+            expected = run.model.get_submodule("block1")(normalised(run, moved.numpy())).mean((2, 3))
         found = extract(run, "members", cache=tmp_path, view=view, taps=["block1"])
         assert torch.allclose(found.features["block1"], expected, atol=1e-5)
     first, other = (extract(run, "members", cache=tmp_path, view=view).features["block1"] for view in (0, 3))
@@ -174,7 +176,14 @@ def test_features_are_taken_once(run: Run, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(features, "_take", fail)
     again = extract(run, "members", cache=tmp_path, draws=5)  # words are no part of the cache
     assert torch.equal(first.features["block3"], again.features["block3"])
-    for change in ({"taps": ["block1"]}, {"mode": "train"}, {"view": 1}, {"untrained": True}, {"limit": 20}):
+    changes: list[dict[str, Any]] = [
+        {"taps": ["block1"]},
+        {"mode": "train"},
+        {"view": 1},
+        {"untrained": True},
+        {"limit": 20},
+    ]
+    for change in changes:
         with pytest.raises(AssertionError, match="taken again"):
             extract(run, "members", cache=tmp_path, **change)
 
@@ -192,9 +201,9 @@ def test_a_torn_or_damaged_cache_is_taken_again(run: Run, tmp_path: Path) -> Non
 def test_a_failure_leaves_no_half_cache(run: Run, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="names no module"):
         extract(run, "members", cache=tmp_path, taps=["blok"])
-    model = run.untrained(0)
+    model: Any = run.untrained(0)
     model.unused = torch.nn.Linear(2, 2)
-    odd = features.replace(run, model=model)
+    odd = dataclasses.replace(run, model=model)
     with pytest.raises(UserError, match="'unused' takes no part"):
         extract(odd, "members", cache=tmp_path, taps=["unused"])
     with torch.no_grad():
@@ -256,6 +265,19 @@ def test_views_are_scored_unseen_and_averaged_by_sample() -> None:
     reading = found.reading(setting, "tap", 0)
     assert reading.accuracy.mean() == pytest.approx(found.by_sample.mean())
     assert (reading.ids == np.tile(noisy.ids, 2)).all()
+
+
+@pytest.mark.parametrize("protocol", ["converged", "budget", "retrieval"])
+def test_a_dead_tap_reads_no_more_than_the_labels_shares(protocol: str) -> None:
+    alive = made_up(samples=40)
+    dead = part(torch.zeros_like(alive.x), alive.words)
+    setting = Setting(protocol=protocol, mode="eval", images="clean", features="raw", n=4)  # type: ignore[arg-type]
+    material = Material(group="members", fit=dead, score=dead)
+    found = read(material, setting)
+    assert found.by_sample.mean() < 0.45
+    assert found.spectrum.effective_rank == 0.0
+    control = noise(material, 0)
+    assert torch.equal(control.fit.x, dead.x)
 
 
 def test_retrieval_finds_copies_and_not_strangers() -> None:
@@ -410,7 +432,7 @@ def test_wrong_labels_are_planted_truth(probed, run: Run, tmp_path: Path) -> Non
 
 
 def test_scores_have_each_sample_once_a_condition(probed, run_dir: Path) -> None:
-    frame = load_scores(run_dir)
+    frame: Any = load_scores(run_dir)
     condition = ["protocol", "tap", "n", "head", "features", "mode", "images", "group"]
     assert not frame.duplicated([*condition, "split", "index"]).any()
     for _, part in frame.groupby(condition):
@@ -438,7 +460,7 @@ def test_scores_have_each_sample_once_a_condition(probed, run_dir: Path) -> None
         ({"tolerance": 1.0}, "--tolerance is 1.0"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(changes: dict, message: str) -> None:
+def test_options_that_make_no_sense_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         ProbeOptions(**changes)
 

@@ -1,6 +1,7 @@
 """The table of samples: columns, ranks, files."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,7 +54,7 @@ def test_a_table_comes_back_with_every_column(tmp_path: Path) -> None:
     parts = [scored(), scored(3, "non-members")]
     for path in save_scores(tmp_path, scores_table(parts, CLASSES)):
         assert path.stat().st_size > 0
-    frame = load_scores(tmp_path)
+    frame: Any = load_scores(tmp_path)
     assert list(frame.columns) == list(COLUMNS)
     assert frame["index"].tolist() == [10, 11, 12, 13, 10, 11, 12]
     assert frame["class"].tolist()[:4] == ["cat", "dog", "cat", "dog"]
@@ -71,14 +72,14 @@ def test_a_part_of_the_samples_keeps_their_labels(tmp_path: Path) -> None:
     part = scored(2)
     part = SampleScores(**{**vars(part), "samples": samples(5), "places": np.array([1, 4])})
     save_scores(tmp_path, scores_table([part], CLASSES))
-    frame = load_scores(tmp_path)
+    frame: Any = load_scores(tmp_path)
     assert frame["index"].tolist() == [11, 14]
     assert frame["given"].tolist() == [1, 0]
 
 
 def test_what_a_protocol_lacks_is_null_and_ranks_go_by_correct(tmp_path: Path) -> None:
     save_scores(tmp_path, scores_table([scored(log_p=[np.nan] * 4)], CLASSES))
-    frame = load_scores(tmp_path)
+    frame: Any = load_scores(tmp_path)
     assert frame["log_p"].isna().all()
     assert frame["rank"].tolist() == [1, 2, 3, 4]
 
@@ -90,7 +91,7 @@ def test_equal_samples_rank_in_the_order_of_ids() -> None:
 
 def test_nothing_scored_is_an_empty_table(tmp_path: Path) -> None:
     save_scores(tmp_path, scores_table([], CLASSES))
-    frame = load_scores(tmp_path)
+    frame: Any = load_scores(tmp_path)
     assert len(frame) == 0
     assert list(frame.columns) == list(COLUMNS)
 

@@ -228,7 +228,8 @@ def planted_rows(row: Row, found: Mapping[str, Result], sets: Mapping[str, Featu
     """Whether samples with planted truth are told from plain ones by how well heads know their random labels.
 
     AUROC of mean log p for every kind that members have: above 1/2 the planted are better known. Beside it the same
-    of non-members and of an untrained network, and, as the usual score, that of the network's loss on the given label.
+    of non-members and of an untrained network, and, as the usual score, that of the network's loss on the given label,
+    of members and non-members.
     """
     kinds = planted_masks(sets["members"])
     rows = []
@@ -240,7 +241,9 @@ def planted_rows(row: Row, found: Mapping[str, Result], sets: Mapping[str, Featu
             score = found[group].log_p.mean(axis=(0, 1))
             name = "non-members" if group == "non-members" else "members"
             entry[group.replace("-", "_")] = _auroc(score, planted_masks(sets[name]).get(kind))
-        entry["class_loss"] = _auroc(class_loss(sets["members"]), kinds[kind])
+        for group in ("members", "non-members"):
+            name = "class_loss" if group == "members" else "class_loss_non_members"
+            entry[name] = _auroc(class_loss(sets[group]), planted_masks(sets[group]).get(kind))
         rows.append(entry)
     return rows
 

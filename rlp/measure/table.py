@@ -39,7 +39,8 @@ PLANTED_COLUMNS = (
     "95%",
     "non-member",
     "untrained",
-    "class loss",
+    "class loss member",
+    "class loss non-member",
 )
 RADEMACHER_COLUMNS = ("tap", "D", "n", "N", "draws", "chance", "member", "95%", "non-member", "untrained", "noise")
 
@@ -137,7 +138,8 @@ def _cells(row: Row) -> list[str]:
 
 def _planted_cells(row: Row) -> list[str]:
     facts = [row["planted"], row["tap"], *(str(row[key]) for key in ("n", "N", "count")), f"{row['chance']:.1f}"]
-    return [*facts, *_both(row["members"]), *(_mean(row[key]) for key in ("non_members", "untrained", "class_loss"))]
+    others = ("non_members", "untrained", "class_loss", "class_loss_non_members")
+    return [*facts, *_both(row["members"]), *(_mean(row[key]) for key in others)]
 
 
 def _rademacher_cells(found: dict[str, Row]) -> list[str]:

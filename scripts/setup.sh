@@ -113,6 +113,27 @@ install_system_packages() {
     stage "system packages $names" apt_install "${missing[@]}"
 }
 
+has_browser() { # one that tests/browser.py looks for
+    local name
+    for name in chromium-headless-shell chromium chromium-browser google-chrome google-chrome-stable; do
+        if command -v "$name" >/dev/null; then return; fi
+    done
+    return 1
+}
+
+install_browser() { # the tests that open a report's page are skipped without one, so a failure here ends nothing
+    if has_browser || ! command -v apt-get >/dev/null || { [[ $(id -u) != 0 ]] && ! sudo -n true 2>/dev/null; }; then
+        return 0
+    fi
+    printf 'setup: a browser for the tests ... '
+    local start=$SECONDS
+    if apt_install chromium-headless-shell >>"$log" 2>&1 </dev/null; then
+        printf '%d s\n' $((SECONDS - start))
+    else
+        printf 'none to be had: the tests that need one will be skipped\n'
+    fi
+}
+
 # --- the environment ------------------------------------------------------------------------------------------
 
 make_venv() { # the mark comes first and goes last, so that a kill in between is seen by the next call
@@ -175,6 +196,7 @@ else
 fi
 install_system_packages
 install_everything
+install_browser
 rm -f "$unfinished"
 fingerprint >"$stamp"
 printf 'setup: done in %d s\n' "$SECONDS"

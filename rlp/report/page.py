@@ -50,18 +50,22 @@ def write_page(folders: Sequence[str | Path], out: str | Path | None = None) -> 
 
 def build_page(runs: list[ReportRun]) -> str:
     """The page as text; the same runs give the same text."""
+    from tqdm import tqdm
+
     scores = scores_of(runs)
+    sections = [
+        lambda: curves(runs),
+        lambda: probe_section(runs),
+        lambda: features_section(runs),
+        lambda: scores_section(runs, scores),
+        lambda: gallery_section(runs, scores),
+        lambda: table_section(runs),
+        guide,
+    ]
     with page_style():
-        sections = [
-            probe_section(runs),
-            features_section(runs),
-            scores_section(runs, scores),
-            gallery_section(runs, scores),
-            table_section(runs),
-        ]
-        top, training = header(runs), curves(runs)
         style = element("style", Html(depth_style()))
-    body = join([style, element("header", top, _contents(runs)), element("main", training, *sections, guide())])
+        drawn = [section() for section in tqdm(sections, desc="page", unit=" sections", disable=None, leave=False)]
+    body = join([style, element("header", header(runs), _contents(runs)), element("main", *drawn)])
     title = f"Report of {runs[0].name}" if len(runs) == 1 else f"Report of {len(runs)} runs"
     return document(title, body)
 

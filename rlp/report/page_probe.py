@@ -174,8 +174,8 @@ def _deepest(by_run: Sequence[tuple[ReportRun, list[Row]]]) -> str:
     found = [ends for row in last if (ends := ends_of(row["delta"]))]
     above, below = sum(low > 0 for low, _ in found), sum(high < 0 for _, high in found)
     return (
-        f"At the deepest tap the interval of Δ lies above 0 in {above} of {len(found)} runs, below 0 in {below}, and holds "
-        f"0 in {len(found) - above - below}."
+        f"At the deepest tap the interval of Δ lies above 0 in {above} of {len(found)} runs, below 0 in {below}, and "
+        f"holds 0 in {len(found) - above - below}."
     )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from io import StringIO
 import re
 from typing import TYPE_CHECKING, Any
@@ -108,6 +109,7 @@ def _with_variables(text: str) -> str:
     return text  # what Matplotlib leaves without a colour is black: page.css makes it --ink
 
 
+@cache
 def _depth_variables() -> dict[str, str]:
     from matplotlib.colors import to_hex
 

@@ -111,17 +111,18 @@ def test_where_the_penalties_pull():
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**31), st.integers(2, 40), st.sampled_from([1.0, 30.0, 1000.0]))
 def test_the_entropy_is_that_of_float64_at_any_scale(seed, n, scale):
-    """In float32 and to the logits' gradient; from -log n to 0, never NaN."""
+    """In float32, to the rounding of its logits, and to their gradient; from -log n to 0, never NaN."""
     logits, target = random_logits(seed, n)
     low = (scale * logits.detach()).float().requires_grad_()
     high = low.detach().double().requires_grad_()
     ours = entropy_penalty(statistics_from_logits(low, target, entropy=True))
     theirs = TEXTBOOK[entropy_penalty](high, target)
-    torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-5)
+    rounding = 4 * torch.finfo(torch.float32).eps * max(1.0, low.abs().max().item())
+    torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=rounding)
     gradients = [torch.autograd.grad(value.sum(), z)[0].double() for value, z in ((ours, low), (theirs, high))]
-    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
-    assert -math.log(n) - 1e-5 <= ours.min().item()
-    assert ours.max().item() <= 1e-6
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=10 * rounding)
+    assert -math.log(n) - rounding <= ours.min().item()
+    assert ours.max().item() <= rounding
 
 
 def test_entropy_without_its_statistic_says_so():
@@ -159,4 +160,4 @@ def test_an_unknown_penalty_is_named():
 
 def test_the_configuration_knows_the_same_penalties():
     for name in PENALTY_NAMES:
-        assert HeadsConfig(penalty=name).penalty == name
+        assert HeadsConfig(penalty=name).penalty == name  # type: ignore[arg-type]

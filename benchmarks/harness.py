@@ -49,6 +49,10 @@ SHARED = (
     "loader_process",
     "loader_sets",
     "loader_tables",
+    "overhead_cases",
+    "overhead_memory",
+    "overhead_plot",
+    "overhead_tables",
 )
 """Modules of this folder that are no benchmarks."""
 

@@ -49,7 +49,7 @@ KEEPERS = {
     "matplotlib": ("rlp.report", "rlp.reproduce.figure", "benchmarks"),
     "tensorboard": ("rlp.runlog",),
     "cv2": ("benchmarks",),
-    "pyarrow": ("data_prep.parquet", "rlp.measure.scores"),
+    "pyarrow": ("data_prep.parquet", "rlp.measure.scores", "rlp.report.page_scores"),
     "pandas": ("rlp.measure.scores",),
 }
 # Packages that `import rlp` and its rooms must do without, and the modules that exist for one of them.

@@ -16,9 +16,10 @@ from rlp.checkpoint import checkpoint_path
 from rlp.errors import UserError
 from rlp.measure.probe import ProbeOptions, probe
 from rlp.measure.reading import Reading, load_readings
+from rlp.measure.run import open_run
 from rlp.reproduce.finding import Contrast, Selection
 from rlp.reproduce.study import Study
-from rlp.runlog import METRICS, Row, read_rows, read_summary
+from rlp.runlog import METRICS, Row, read_rows
 
 TRAINING = ("training heads, online", "training heads, eval")
 """The papers' own: the heads that were trained beside the network (and that the penalty acts on), while both moved, and
@@ -69,9 +70,9 @@ def points_of(study: Study, contrast: Contrast) -> dict[tuple[Selection, int], P
 
 
 def matched_samples(study: Study, contrast: Contrast) -> int:
-    """The fewest members that any run of the contrast has."""
-    runs = {(selection.variant, seed) for selection in contrast.over for seed in study.seeds}
-    return min(read_summary(study.folder(*run))["data"]["train"]["num_samples"] for run in runs)
+    """The fewest members or non-members that any run of the contrast has: so many are read in each."""
+    folders = {study.folder(selection.variant, seed) for selection in contrast.over for seed in study.seeds}
+    return min(len(group.ids) for folder in folders for group in open_run(folder, device="cpu").groups.values())
 
 
 def _tap(name: str, heads: Sequence[Row]) -> str:

@@ -26,6 +26,8 @@ from rlp.reproduce.study import Study
 REPRODUCED, OPPOSITE, UNDECIDED = "sign reproduced", "not reproduced", "undecided"
 ENOUGH = {"seeds": 3, "draws": 5}
 """What a verdict asks for; with less it is preliminary."""
+CEILING = 0.99
+"""κ from which on a reading has no room left."""
 
 Places = dict[tuple[Selection, int], Point]
 Tables = list[np.ndarray]
@@ -197,6 +199,11 @@ def remarks(study: Study, judged: Sequence[Judged]) -> list[str]:
             f"Preliminary: {len(study.seeds)} seeds x {study.draws} draws; a verdict asks for at least "
             f"{ENOUGH['seeds']} seeds x {ENOUGH['draws']} draws."
         )
+    if any(_is_full(each) for each in judged):
+        found.append(
+            "Where every reading is at its ceiling (κ of 0.99 and more), heads tell all samples apart whatever the "
+            "network: the contrast says nothing."
+        )
     if any(not each.paired and not each.own for each in judged):
         found.append(
             "Where a contrast compares different samples, its interval is over seeds and draws; the draws' spread "
@@ -208,3 +215,7 @@ def remarks(study: Study, judged: Sequence[Judged]) -> list[str]:
             "training heads, so there is no Δ of them."
         )
     return found
+
+
+def _is_full(judged: Judged) -> bool:
+    return judged.quantity == "κ" and all(shown.estimate.mean >= CEILING for shown in judged.points)

@@ -23,6 +23,7 @@ from rlp.report.page_gallery import data_url
 from rlp.report.page_header import verdict
 from rlp.report.page_html import element
 from rlp.report.page_scores import COLUMNS
+from rlp.report.page_svg import inline_svg, page_style, panel
 from rlp.report.page_table import COLUMNS as READING_COLUMNS
 from rlp.runlog import METRICS, write_summary
 
@@ -297,6 +298,18 @@ def test_the_same_run_gives_the_same_page(tmp_path: Path) -> None:
     assert write_page([run]).read_bytes() == first
 
 
+def test_no_number_on_an_axis_loses_digits() -> None:
+    with page_style():
+        figure, axes = panel()
+        axes.plot([0, 1 / 3], [0.0625, 0.1])
+        axes.set_yticks([0.0625, 0.0875])
+        axes.set_title("0.123456 µ")
+        drawn = inline_svg(figure, 'a "label" of 0.98765', "name")
+    texts = re.findall(r">([^<>]+)</text>", drawn)
+    assert {"0.0625", "0.0875", "0.123456 µ"} <= set(texts)
+    assert 'aria-label="a &quot;label&quot; of 0.98765"' in drawn
+
+
 def test_verdicts_follow_the_interval() -> None:
     def said(mean: float, half: float | None) -> str:
         return verdict(probe_row("converged", "fc", 0, 10, delta=estimate(mean, half)))
@@ -305,6 +318,8 @@ def test_verdicts_follow_the_interval() -> None:
     assert "lies below 0" in said(-0.1, 0.05)
     assert "holds 0" in said(0.1, 0.2)
     assert "nothing can be said" in said(0.1, None)
+    full = probe_row("converged", "fc", 0, 10, members=estimate(1.0), non_members=estimate(0.999), delta=estimate(0, 0))
+    assert "had no room" in verdict(full)
 
 
 def test_the_page_begins_with_converged_linear_heads_at_ten_labels() -> None:
@@ -382,10 +397,11 @@ def test_the_browser_test_sees_an_error(tmp_path: Path) -> None:
 def test_the_page_fits_the_window(trained: Path, tmp_path: Path, width: int) -> None:
     """Something is drawn, and nothing reaches out of the window to the right."""
     image = pytest.importorskip("PIL.Image")
-    measure = "<script>document.title = document.documentElement.scrollWidth - innerWidth;</script></body>"
+    over = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    measure = f"<script>document.title = `${{innerWidth}} ${{{over}}}`;</script></body>"
     page = tmp_path / f"{width}.html"
     page.write_text((trained / "report.html").read_text("utf-8").replace("</body>", measure), "utf-8")
-    assert "<title>0</title>" in opened(page, width).dom
+    assert f"<title>{width} 0</title>" in opened(page, width).dom
     picture = image.open(screenshot(page, tmp_path / "page.png", width, 2000)).convert("L")
     assert picture.size == (width, 2000)
     assert len(picture.getcolors()) > 50

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from rlp.report.figures import depth_colours, draw_tap_axis
 from rlp.report.page_bounds import planted, rademacher
 from rlp.report.page_estimates import condition, shown, span
-from rlp.report.page_html import Html, element, is_number, join
+from rlp.report.page_html import Html, element, folded, is_number, join
 from rlp.report.page_probe import GREY
 from rlp.report.page_run import ReportRun
 from rlp.report.page_svg import RUN_COLOURS, depth_legend, grid_of, inline_svg, legend, panel
@@ -34,7 +34,7 @@ def _of_run(run: ReportRun, number: int, named: bool) -> list[Html]:
         planted([row for row in probe.get("planted") or [] if isinstance(row, dict)]),
     ]
     parts = [part for part in found if part]
-    return [element("h3", run.name), *parts] if named and parts else parts
+    return [folded(f"Behind κ of {run.name}", *parts)] if named and parts else parts
 
 
 def _budget(run: ReportRun, number: int) -> Html:

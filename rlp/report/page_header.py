@@ -11,6 +11,9 @@ from rlp.report.page_run import PROBE, ReportRun, probe_command
 from rlp.report.readings import readings
 from rlp.runlog import Row
 
+SATURATED = 0.995
+"""κ from which on two groups cannot differ, whatever they hold."""
+
 
 def header(runs: list[ReportRun]) -> Html:
     """Title, main facts of every run, the first numbers, and what is needed to repeat them."""
@@ -148,6 +151,9 @@ def verdict(row: Row) -> str:
         return "There is no Δ: this protocol has no non-members."
     if ends is None:
         return "One draw gives no interval, so nothing can be said."
+    groups = [mean_of(row["members"]), mean_of(row["non_members"])]
+    if all(mean is not None and mean >= SATURATED for mean in groups):
+        return "Nearly every label was read in both groups, so Δ had no room: this reading can say nothing."
     one = (
         ""
         if (counted(row["delta"], "seeds") or 1) > 1

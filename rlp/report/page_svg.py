@@ -85,7 +85,8 @@ def _shortened(content: str) -> str:
     """Without comments, names that nothing refers to, needless decimals and blanks: a third of the bytes."""
     content = re.sub(r"<!--.*?-->", "", content, flags=re.DOTALL)
     content = re.sub(r'<g id="[^"]*"', "<g", content)
-    content = re.sub(r"(\d+\.\d{2})\d+", r"\1", content)
+    # Coordinates only: the numbers on the axes are text, of which no digit may go.
+    content = re.sub(r'="[^"]*"', lambda found: re.sub(r"(\d+\.\d{2})\d+", r"\1", found[0]), content)
     content = re.sub(r' xmlns(:xlink)?="[^"]*"', "", content).replace("xlink:href", "href")
     content = re.sub(r"font-family: [^;\"]*;?|font: [^;\"]*(?=;|\")", _font, content)
     return re.sub(r"\s*\n\s*", "\n", content)

@@ -68,20 +68,21 @@ def measure(groups: Sequence[Group], plan: Plan) -> list[Row]:
 def measure_group(group: Group, plan: Plan) -> list[Row]:
     """A row for each case: seconds of a step, their ratio to the step without heads, peak bytes and what heads add.
 
-    A case for which memory is too small has the reason and no numbers.
+    A case for which memory is too small, or that diverged, has the reason and no numbers.
     """
     by_title = {case.title: case for case in group.cases}
     builders = {title: partial(Step, case, plan.network, plan.device) for title, case in by_title.items()}
     steps, peaks, missing = build_and_weigh(builders, plan.device)
     base = NO_HEADS.title
     if base in missing:
-        return [_describe(group, case) | {"reason": missing[base]} for case in group.cases]
+        return [_describe(group, case) | {"reason": f"no heads: {missing[base]}"} for case in group.cases]
     seconds = harness.time_interleaved(steps, plan.device, plan.rounds, plan.calls, plan.warmup)
     ratio = harness.ratios(seconds, base)
+    missing |= {title: "diverged" for title, step in steps.items() if not step.is_finite()}
     rows = []
     for title, case in by_title.items():
         row = _describe(group, case) | {"reason": missing.get(title)}
-        if title in steps:
+        if title not in missing:
             heads = steps[title].heads
             row |= {
                 "taps": len(heads.tap_names) if heads else 0,

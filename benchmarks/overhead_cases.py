@@ -1,4 +1,4 @@
-"""What `benchmarks.overhead` times: a training step as `rlp.trainer` takes it, with and without heads, and which ones."""
+"""What `benchmarks.overhead` times: a training step as `rlp.trainer` takes it, with which heads."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -142,6 +142,11 @@ class Step:
             return loss
         with self._autocast():
             return loss + self.heads.loss(words=self.words, classes=self.label, lam=self.case.lam)
+
+    def is_finite(self) -> bool:
+        """Whether all weights still are: arithmetic on NaN may take another time."""
+        modules = [self.model, *([self.heads] if self.heads else [])]
+        return all(bool(one.isfinite().all()) for module in modules for one in module.parameters())
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")

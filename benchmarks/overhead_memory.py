@@ -1,16 +1,18 @@
 """Peak memory of `benchmarks.overhead`, counted alike on both devices: bytes in tensors, of one case alone."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 import gc
+from typing import TypeVar
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-Built = tuple[dict[str, Callable[[], None]], dict[str, int], dict[str, str]]
+Called = TypeVar("Called", bound=Callable[[], None])
 
 
-def build_and_weigh(builders: Mapping[str, Callable[[], Callable[[], None]]], device: torch.device) -> Built:
+def build_and_weigh(
+    builders: Mapping[str, Callable[[], Called]], device: torch.device
+) -> tuple[dict[str, Called], dict[str, int], dict[str, str]]:
     """Build every case, call it once, and weigh a second call.
 
     Args:
@@ -23,16 +25,22 @@ def build_and_weigh(builders: Mapping[str, Callable[[], Callable[[], None]]], de
         the CPU it is added up from the profiler's record of every allocation and release, which does not know the
         scratch memory inside libraries (oneDNN, OpenMP).
     """
-    weigh = _on_cuda if device.type == "cuda" else _on_cpu
-    return weigh(builders, device)
+    if device.type == "cuda":
+        return _on_cuda(builders, device)
+    built, peaks = _on_cpu(builders)
+    return built, peaks, {}
 
 
-def _on_cuda(builders: Mapping[str, Callable[[], Callable[[], None]]], device: torch.device) -> Built:
+def _on_cuda(
+    builders: Mapping[str, Callable[[], Called]], device: torch.device
+) -> tuple[dict[str, Called], dict[str, int], dict[str, str]]:
     built, peaks, missing = {}, {}, {}
+    next(iter(builders.values()))()()  # libraries take their lasting workspaces in the first call: no case's own
     for name, build in builders.items():
         gc.collect()  # what other cases left in cycles
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
+        case = None
         try:
             case = build()
             case()  # the optimisers make their state in the first step
@@ -43,19 +51,16 @@ def _on_cuda(builders: Mapping[str, Callable[[], Callable[[], None]]], device: t
             torch.cuda.synchronize(device)
         except torch.cuda.OutOfMemoryError:
             missing[name] = "out of memory"
-            case = None
-            gc.collect()
-            torch.cuda.empty_cache()
             continue
         built[name], peaks[name] = case, torch.cuda.max_memory_allocated(device) - before
     return built, peaks, missing
 
 
-def _on_cpu(builders: Mapping[str, Callable[[], Callable[[], None]]], device: torch.device) -> Built:
+def _on_cpu(builders: Mapping[str, Callable[[], Called]]) -> tuple[dict[str, Called], dict[str, int]]:
     built = {}
-    with _profiled() as profiler:
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         for place, (name, build) in enumerate(builders.items()):
-            gc.collect()
             with record_function(f"build {place}"):
                 built[name] = build()
                 built[name]()
@@ -67,13 +72,7 @@ def _on_cpu(builders: Mapping[str, Callable[[], Callable[[], None]]], device: to
     for place, name in enumerate(builders):
         before = _at(sizes, spans[f"build {place}"][0])
         peaks[name] = _peak(sizes, *spans[f"weigh {place}"]) - before
-    return built, peaks, {}
-
-
-@contextmanager
-def _profiled() -> Iterator[profile]:
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        yield profiler
+    return built, peaks
 
 
 def _spans(profiler: profile) -> dict[str, tuple[int, int]]:
@@ -90,7 +89,7 @@ def _sizes(profiler: profile) -> list[tuple[int, int]]:
     changes = [
         (event.start_ns(), event.nbytes())
         for event in _events(profiler)
-        if event.name() == "[memory]" and event.device_type() == torch.autograd.DeviceType.CPU
+        if event.name() == "[memory]" and event.device_type().name == "CPU"
     ]
     total, sizes = 0, []
     for when, change in sorted(changes, key=lambda one: one[0]):

@@ -11,6 +11,9 @@ RANDOM = torch.Generator().manual_seed(0)
 X = torch.randn(50, 7, generator=RANDOM) * torch.logspace(-3, 3, 7) + torch.linspace(-100, 100, 7)
 
 
+CLASSES = torch.arange(50) % 3
+
+
 def test_raw_is_as_it_is() -> None:
     assert torch.equal(Preprocess.fit(X, "raw")(X), X)
 
@@ -73,16 +76,17 @@ def test_projection_is_a_function_of_width_and_seed() -> None:
 @pytest.mark.parametrize("kind", FEATURES)
 def test_statistics_come_from_what_was_fitted(kind: str) -> None:
     """Other samples, one at a time, are mapped as they are together."""
-    fitted = Preprocess.fit(X, kind)
-    others = X[:5] * 3 - 1
-    together = fitted(others)
+    fitted = Preprocess.fit(X, kind, classes=CLASSES)
+    others, own = X[:5] * 3 - 1, CLASSES[:5]
+    together = fitted(others, own)
     assert together.shape == (5, fitted.dim)
-    assert torch.allclose(torch.cat([fitted(row[None]) for row in others]), together, rtol=1e-5, atol=1e-5)
+    alone = [fitted(row[None], one[None]) for row, one in zip(others, own, strict=True)]
+    assert torch.allclose(torch.cat(alone), together, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", FEATURES)
 def test_huge_features_stay_finite(kind: str) -> None:
-    assert Preprocess.fit(X * 1e30, kind)(X * 1e30).isfinite().all()
+    assert Preprocess.fit(X * 1e30, kind, classes=CLASSES)(X * 1e30, CLASSES).isfinite().all()
 
 
 def test_mistakes_are_one_sentence() -> None:
@@ -94,3 +98,30 @@ def test_mistakes_are_one_sentence() -> None:
         Preprocess.fit(X * torch.nan, "raw")
     with pytest.raises(UserError, match=r"expected \[N, 7\]"):
         Preprocess.fit(X, "standardised")(X[:, :3])
+
+
+def test_residuals_are_what_the_class_does_not_tell() -> None:
+    classes = torch.tensor([0, 2, 3] * 16 + [2, 3])  # class 1 has no sample
+    residual = Preprocess.fit(X, "residual", classes=classes)
+    found = residual(X, classes).double()
+    for number in (0, 2, 3):
+        mine = classes == number
+        torch.testing.assert_close(found[mine], X[mine].double() - X[mine].double().mean(0), rtol=1e-5, atol=1e-5)
+    for absent in (1, 9):  # in held-out samples: the mean of all is taken off
+        torch.testing.assert_close(
+            residual(X[:1], torch.tensor([absent])), (X[:1].double() - X.double().mean(0)).float()
+        )
+    shifted = residual(X + 1e3 * torch.randn(4, 7, generator=RANDOM)[classes], classes)
+    assert not torch.allclose(shifted, found.float())  # statistics are those that it was fitted to
+    refitted = Preprocess.fit(X + classes[:, None], "residual", classes=classes)(X + classes[:, None], classes)
+    torch.testing.assert_close(refitted, found.float(), rtol=1e-3, atol=1e-3)  # a shift by class is erased
+
+
+def test_residuals_need_classes() -> None:
+    with pytest.raises(UserError, match=r"given class of each sample; expected int64 \[50\]"):
+        Preprocess.fit(X, "residual")
+    with pytest.raises(UserError, match=r"given class of each sample"):
+        Preprocess.fit(X, "residual", classes=torch.zeros(49, dtype=torch.int64))
+    residual = Preprocess.fit(X, "residual", classes=torch.zeros(50, dtype=torch.int64))
+    with pytest.raises(UserError, match=r"given class of each sample"):
+        residual(X)

@@ -9,7 +9,7 @@ from rlp.errors import UserError
 from rlp.measure.spectrum import check_features, chunks, feature_deviation, feature_mean
 from rlp.seeding import named_seed
 
-FEATURES = ("raw", "standardised", "normalised", "projected")
+FEATURES = ("raw", "standardised", "normalised", "projected", "residual")
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,14 @@ class Preprocess:
     - ``projected``: standardised, then times a fixed Gaussian matrix ``[D, width]`` with variance 1 / D. Equal widths
       make taps comparable: with D > width it erases directions. With D < width there are no more directions than
       before, D of them in `width` numbers.
+    - ``residual``: minus the mean of the sample's given class. Erases what the class tells, as heads per class do
+      (arXiv 2411.19640), and leaves the rest to one head. It alone lets the given labels into a reading.
 
     Attributes:
         kind: one of `FEATURES`.
         dim: features that come out.
-        mean, scale: float64 ``[D]``, what is taken off, and multiplied with after.
+        mean, scale: float64 ``[D]``, what is taken off, and multiplied with after; for residuals the mean of each class
+            and, last, that of all, ``[C + 1, D]``.
         matrix: float32 ``[D, dim]`` of the projection, else None.
     """
 
@@ -38,10 +41,13 @@ class Preprocess:
     matrix: Tensor | None = None
 
     @classmethod
-    def fit(cls, x: Tensor, kind: str, *, width: int = 128, seed: int = 0) -> "Preprocess":
+    def fit(
+        cls, x: Tensor, kind: str, *, width: int = 128, seed: int = 0, classes: Tensor | None = None
+    ) -> "Preprocess":
         """The map with the statistics of features ``[N, D]``; `width` and `seed` are those of the projection.
 
-        The matrix is a function of D, width and seed alone. No global random state is touched.
+        `classes` are the given labels, int64 ``[N]``, which residuals need. The matrix is a function of D, width and seed
+        alone. No global random state is touched.
 
         Raises:
             UserError: an unknown kind, a width below 1, or features that are not finite, ``[N, D]`` and at least one.
@@ -52,6 +58,8 @@ class Preprocess:
             raise UserError(f"width is {width}; expected the number of dimensions to project to, at least 1")
         check_features(x)
         mean, dim = feature_mean(x), x.shape[1]
+        if kind == "residual":
+            return cls(kind, dim, _class_means(x, _checked(classes, x), mean), torch.ones_like(mean))
         if kind in ("raw", "normalised"):
             return cls(kind, dim, mean, torch.ones_like(mean))
         deviation = feature_deviation(x, mean)
@@ -62,16 +70,22 @@ class Preprocess:
         matrix = torch.randn((dim, width), generator=random) / dim**0.5
         return cls(kind, width, mean, scale, matrix.to(x.device))
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Float32 ``[N, dim]``.
+    def __call__(self, x: Tensor, classes: Tensor | None = None) -> Tensor:
+        """Float32 ``[N, dim]``; residuals need the given labels, int64 ``[N]``.
 
         Raises:
-            UserError: the features have another width than those that the map was fitted to.
+            UserError: the features have another width than those that the map was fitted to, or classes are missing.
         """
-        if x.dim() != 2 or x.shape[1] != len(self.mean):
-            raise UserError(f"the features have the shape {[*x.shape]}; expected [N, {len(self.mean)}]")
+        width = self.mean.shape[-1]
+        if x.dim() != 2 or x.shape[1] != width:
+            raise UserError(f"the features have the shape {[*x.shape]}; expected [N, {width}]")
         if self.kind == "raw":
             return x.float()
+        if self.kind == "residual":
+            own = self.mean[_checked(classes, x).clamp(max=len(self.mean) - 1)]
+            return torch.cat(
+                [(part.double() - mean).float() for part, mean in zip(chunks(x), chunks(own), strict=True)]
+            )
         return torch.cat([self._part(part) for part in chunks(x)])
 
     def _part(self, x: Tensor) -> Tensor:
@@ -81,3 +95,16 @@ class Preprocess:
             return (centred * torch.where(length > 0, self.dim**0.5 / length, 0.0)).float()
         centred *= self.scale
         return (centred if self.matrix is None else centred @ self.matrix.double()).float()
+
+
+def _checked(classes: Tensor | None, x: Tensor) -> Tensor:
+    """The classes on the features' device."""
+    if classes is None or classes.shape != x.shape[:1] or classes.dtype != torch.int64 or int(classes.min()) < 0:
+        raise UserError(f"residual features need the given class of each sample; expected int64 [{len(x)}], 0 or more")
+    return classes.to(x.device)
+
+
+def _class_means(x: Tensor, classes: Tensor, mean: Tensor) -> Tensor:
+    """Float64 ``[C + 1, D]``: of each class, and, for classes without samples, of all."""
+    own = [classes == number for number in range(int(classes.max()) + 1)]
+    return torch.stack([*(feature_mean(x[mine]) if mine.any() else mean for mine in own), mean])

@@ -23,6 +23,8 @@ BUDGET_STEPS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 RETRIEVAL_SAMPLES = 2000
 
 Views = Sequence[int | None]
+Transform = Callable[[Part], Tensor]
+"""A part's features as heads are given them, on the device, ``[V·N, dim]``."""
 
 
 def views_of(protocol: Protocol, images: str) -> tuple[Views, Views]:
@@ -122,10 +124,15 @@ class Result:
 
 def read(material: Material, setting: Setting) -> Result:
     """Fit heads to one group as the protocol says, and score them."""
-    transform = Preprocess.fit(
-        material.fit.rows, setting.features, width=setting.width, seed=setting.seed
+    fit = material.fit
+    prepared = Preprocess.fit(
+        fit.rows, setting.features, width=setting.width, seed=setting.seed, classes=fit.row_classes()
     )  # the statistics of what heads are fitted to, in every group alike
-    reader: dict[str, Callable[[Material, Setting, Preprocess], Result]] = {
+
+    def transform(part: Part) -> Tensor:
+        return prepared(part.rows, part.row_classes()).to(setting.device)
+
+    reader: dict[str, Callable[[Material, Setting, Transform], Result]] = {
         "converged": _converged,
         "views": _converged,
         "budget": _budget,
@@ -138,8 +145,8 @@ def _classes(part: Part, setting: Setting) -> Tensor | None:
     return part.row_classes().to(setting.device) if setting.head.kind == "per-class" else None
 
 
-def _converged(material: Material, setting: Setting, transform: Preprocess) -> Result:
-    x = transform(material.fit.rows).to(setting.device)
+def _converged(material: Material, setting: Setting, transform: Transform) -> Result:
+    x = transform(material.fit)
     fitted = fit_converged(
         x,
         material.fit.targets(setting.n).to(setting.device),
@@ -152,7 +159,7 @@ def _converged(material: Material, setting: Setting, transform: Preprocess) -> R
         seed=setting.seed,
     )
     part = material.score
-    scored = x if part is material.fit else transform(part.rows).to(setting.device)
+    scored = x if part is material.fit else transform(part)
     found = fitted.read(scored, part.targets(setting.n).to(setting.device), _classes(part, setting))
     views, samples = part.x.shape[:2]
     correct, log_p, margin = (each.cpu().numpy().T.reshape(-1, views, samples) for each in found)
@@ -170,8 +177,8 @@ def _converged(material: Material, setting: Setting, transform: Preprocess) -> R
     )
 
 
-def _held_out(part: Part, setting: Setting, transform: Preprocess) -> tuple[Tensor, Tensor, Tensor | None]:
-    x = transform(part.rows).to(setting.device)
+def _held_out(part: Part, setting: Setting, transform: Transform) -> tuple[Tensor, Tensor, Tensor | None]:
+    x = transform(part)
     return x, part.targets(setting.n).to(setting.device), _classes(part, setting)
 
 
@@ -184,8 +191,8 @@ def log_weights(steps: Sequence[int]) -> np.ndarray:
     return (np.append(gaps, 0) + np.append(0, gaps)) / (2 * (place[-1] - place[0]))
 
 
-def _budget(material: Material, setting: Setting, transform: Preprocess) -> Result:
-    x = transform(material.fit.rows).to(setting.device)
+def _budget(material: Material, setting: Setting, transform: Transform) -> Result:
+    x = transform(material.fit)
     other = material.score is not material.fit
     curve = fit_budget(
         x,
@@ -220,8 +227,8 @@ def _budget(material: Material, setting: Setting, transform: Preprocess) -> Resu
     )
 
 
-def _retrieval(material: Material, setting: Setting, transform: Preprocess) -> Result:
-    anchors, queries = (transform(part.rows).to(setting.device) for part in (material.fit, material.score))
+def _retrieval(material: Material, setting: Setting, transform: Transform) -> Result:
+    anchors, queries = transform(material.fit), transform(material.score)
     correct = own_view_is_nearest(anchors, queries)[None, None]
     none = np.full(correct.shape, np.nan, np.float32)
     return Result(

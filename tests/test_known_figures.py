@@ -28,7 +28,8 @@ from rlp.schema import TrainConfig
 import train_rlp
 
 ROOT = Path(__file__).resolve().parent.parent
-N_LABELS, DRAWS, SEEDS = 10, 5, (0, 1)
+N_LABELS, DRAWS = 10, 5
+SEEDS = {"clean": (0, 1, 2), "noisy": (0, 1), "penalised": (0, 1)}
 NOISY = ("--data.label_noise", "0.4", "--heads.draws", "1")
 VARIANTS = {"clean": (), "noisy": NOISY, "penalised": (*NOISY, "--heads.lam", "1")}
 
@@ -110,21 +111,14 @@ def read(path: Path) -> Read:
 
 
 def kappa(networks: Networks, name: str, protocol: str, group: str = "members") -> Estimate:
-    return kappa_estimate([networks(name, seed).fresh[protocol, group] for seed in SEEDS], N_LABELS)
+    return kappa_estimate([networks(name, seed).fresh[protocol, group] for seed in SEEDS[name]], N_LABELS)
 
 
 def delta(networks: Networks, name: str, protocol: str) -> Estimate:
     members, others = (
-        [networks(name, seed).fresh[protocol, group] for seed in SEEDS] for group in ("members", "non-members")
+        [networks(name, seed).fresh[protocol, group] for seed in SEEDS[name]] for group in ("members", "non-members")
     )
     return delta_estimate(members, others, N_LABELS)
-
-
-def holds_zero(estimate: Estimate, bound: float) -> bool:
-    """Whether the interval holds 0 and lies within the bound."""
-    assert estimate.low is not None
-    assert estimate.high is not None
-    return -bound < estimate.low <= 0 <= estimate.high < bound
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -134,11 +128,15 @@ def test_every_network_fits_its_training_labels(name: str, networks: Networks) -
 
 
 def test_members_read_as_non_members(networks: Networks) -> None:
-    """Known: .44 and .44 clean. Seen: .40 and .40 (seed 0); heads that train beside the network lag behind (.17)."""
+    """Known: .44 and .44 clean, .17 online. Seen: .40 and .40, .41 and .43 (seeds 0 and 1); .17 and .13 online."""
     assert 0.33 < kappa(networks, "clean", "budget").mean < 0.50
     assert 0.33 < kappa(networks, "clean", "budget", "non-members").mean < 0.50
-    assert holds_zero(delta(networks, "clean", "budget"), 0.08)
-    for seed in SEEDS:
+    difference = delta(networks, "clean", "budget")
+    assert difference.low is not None
+    assert difference.high is not None
+    assert -0.12 < difference.low <= 0 <= difference.high < 0.12  # seen: networks differ by .02
+    assert abs(difference.mean) < 0.04
+    for seed in SEEDS["clean"]:
         network = networks("clean", seed)
         assert 0.10 < network.online < 0.25
         assert kappa_of(network, "budget") > network.online + 0.1
@@ -151,8 +149,11 @@ def test_untrained_features_read_above_trained_ones(networks: Networks) -> None:
 
 
 def test_the_penalty_silences_its_own_head_and_no_fresh_one(networks: Networks) -> None:
-    """Known: the training head falls from .39 to .11, a fresh head reads .94. Seen: .27 to .00; .90 and .85."""
-    for seed in SEEDS:
+    """Known: the training head falls from .39 to .11, a fresh head reads .94.
+
+    Seen (seeds 0 and 1): .27 and .35 fall to .00 and -.01; fresh heads read .90 and .90 without, .85 and .86 with it.
+    """
+    for seed in SEEDS["noisy"]:
         free, held = networks("noisy", seed), networks("penalised", seed)
         assert free.head > 0.18
         assert abs(held.head) < 0.06

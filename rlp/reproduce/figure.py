@@ -101,6 +101,7 @@ def _draw_contrasts(axes: "Axes", judged: Sequence[Judged]) -> None:
         axes.axvspan(-margin, margin, color=GREY, alpha=0.15)
     axes.set_yticks(range(len(judged)), [_name(each) for each in judged], fontsize=7)
     axes.set_ylim(len(judged) - 0.5, -0.5)
+    axes.locator_params(axis="x", nbins=6)
     axes.grid(axis="x", alpha=0.3)
     axes.set_xlabel(f"{_measure(judged[0])} (expected: {judged[0].contrast.expected})", fontsize=8)
 

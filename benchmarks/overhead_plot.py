@@ -5,7 +5,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.overhead_tables import TARGETS
+from benchmarks.overhead_tables import TARGET_LABELS, TARGETS
 from rlp.files import write_atomically
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ LABEL_GAP = 0.07
 AXES = {"draws": "draws (heads at each tap)", "n": "n, random labels"}
 LINEAR = 10.0
 """Per cent up to which the scale is linear, so that zero and noise below it have a place."""
+
+MARKS = (2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
 
 
 def write_plot(rows: Sequence[Row], is_cuda: bool, path: Path) -> Path | None:
@@ -40,7 +42,9 @@ def write_plot(rows: Sequence[Row], is_cuda: bool, path: Path) -> Path | None:
     for line, place in zip(panels, places, strict=True):
         mine = [row for row in shown if row["where"] == place]
         target = next((one for one in TARGETS if one.where == place), None) if is_cuda else None
-        limit = None if target is None else (100 * target.limit, f"target for {target.draws} draws")
+        limit = None if target is None else 100 * target.limit
+        if target is not None:
+            line[0].set_title(f"dashed: at most {limit:.0f}% wanted of {target.title} at n={TARGET_LABELS}", fontsize=9)
         for axes, (across, other) in zip(line, (("draws", "n"), ("n", "draws")), strict=True):
             _draw(axes, mine, across, other, limit)
         taps = mine[0]["taps"]
@@ -51,7 +55,7 @@ def write_plot(rows: Sequence[Row], is_cuda: bool, path: Path) -> Path | None:
     return write_atomically(path, buffer.getvalue())
 
 
-def _draw(axes: "Axes", rows: Sequence[Row], across: str, other: str, limit: tuple[float, str] | None) -> None:
+def _draw(axes: "Axes", rows: Sequence[Row], across: str, other: str, limit: float | None) -> None:
     """A line for each value of `other`, with bars for the range over rounds."""
     ends = []
     for colour, value in zip(COLOURS, sorted({row[other] for row in rows}), strict=False):
@@ -64,15 +68,15 @@ def _draw(axes: "Axes", rows: Sequence[Row], across: str, other: str, limit: tup
         ends.append((middle[-1], name, colour, where[-1]))
     axes.axhline(0, color=GREY, linewidth=0.8)
     if limit is not None:
-        axes.axhline(limit[0], color=GREY, linestyle=(0, (4, 3)), linewidth=1)
-        axes.annotate(limit[1], (0.02, limit[0]), xycoords=("axes fraction", "data"), xytext=(0, 2),
-                      textcoords="offset points", fontsize=7, color=GREY)  # fmt: skip
+        axes.axhline(limit, color=GREY, linestyle=(0, (4, 3)), linewidth=1)
     axes.set_xscale("log")
     axes.set_yscale("symlog", linthresh=LINEAR)
     marks = sorted({row[across] for row in rows})
     axes.set_xticks(marks, [f"{mark:,}" for mark in marks])
+    bottom, top = axes.get_ylim()
+    heights = [sign * mark for mark in MARKS for sign in (-1, 1) if bottom <= sign * mark <= top]
+    axes.set_yticks([0, *heights], [f"{height:,}" for height in (0, *heights)])
     axes.minorticks_off()
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.set_xlabel(AXES[across])
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25, which="major")

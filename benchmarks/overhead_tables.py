@@ -11,6 +11,8 @@ Row = dict[str, Any]
 HOW = """Time over that of the step without heads in the same round; brackets are ranges over rounds. Peak: bytes in \
 tensors at the fullest moment of a step, network, heads, optimisers and batch included; extra: how many more than \
 without heads."""
+ON_CUDA = """ Time is that of host and device together: where launching kernels takes longer than running them, what \
+heads add is mostly launches."""
 ON_CPU = " On the CPU the peak does not know the scratch memory inside libraries."
 TARGET_LABELS = 10
 """n at which the targets are judged, the default of `heads.num_labels`."""
@@ -40,7 +42,7 @@ TARGETS = (Target("1 head", "last tap", 1, 0.03), Target("all depths x 8 draws",
 def page(rows: Sequence[Row], is_cuda: bool) -> str:
     """All of it, in Markdown."""
     parts = ["## Targets", "\n".join(verdict(target, rows, is_cuda) for target in TARGETS)]
-    parts.append(HOW if is_cuda else HOW + ON_CPU)
+    parts.append(HOW + (ON_CUDA if is_cuda else ON_CPU))
     for title in dict.fromkeys(row["group"] for row in rows):
         mine = [row for row in rows if row["group"] == title]
         taps = max((row.get("taps", 0) for row in mine), default=0)

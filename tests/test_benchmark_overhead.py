@@ -197,6 +197,7 @@ def test_the_result_holds_every_row_and_shows_the_plot(rows: list[overhead.Row],
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert all(row["case"] in text for row in rows)
     assert "all depths (5 taps)" in text
+    assert write_plot(rows, True, tmp_path / "with_targets.png") is not None
 
 
 def test_what_cannot_be_measured_has_a_row_with_the_reason(rows: list[overhead.Row], tmp_path: Path) -> None:

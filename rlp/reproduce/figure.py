@@ -60,9 +60,13 @@ def _draw_levels(axes: "Axes", judged: Sequence[Judged]) -> None:
         axes.plot(across, means, color=colour, marker=marker, markersize=5, linewidth=1, label=_name(each))
         _bars(axes, across, [shown.estimate for shown in each.points], colour, vertical=True)
     first = judged[0].points
-    labels = [
-        shown.selection.label.replace(" last", "") if _one_tap(first) else shown.selection.label for shown in first
-    ]
+    labels = [shown.selection.label for shown in first]
+    if any(shown.selection.trained < 1 for shown in first):
+        labels = [
+            f"{shown.selection.label.split(' last')[0]}, {shown.selection.trained:.0%} trained" for shown in first
+        ]
+    if _one_tap(first):
+        labels = [label.replace(" last", "") for label in labels]
     axes.set_xticks(range(len(first)), labels, rotation=25, ha="right", fontsize=8)
     axes.set_xlim(-0.5, len(first) - 0.5)
     axes.axhline(0, color=GREY, linewidth=1)

@@ -87,3 +87,12 @@ def test_mistakes_are_one_sentence(x: torch.Tensor, message: str) -> None:
         spectrum(x)
     with pytest.raises(UserError, match=message):
         noise_like(x, 0)
+
+
+def test_eigenvalues_too_small_for_a_share_count_as_none() -> None:
+    x = torch.zeros(4, 2, dtype=torch.float64)
+    x[:2, 0], x[2:, 0] = 1e3, -1e3
+    x[::2, 1], x[1::2, 1] = 1e-161, -1e-161  # whose variance over the other's is below the smallest number
+    found = spectrum(x)
+    assert found.effective_rank == pytest.approx(1)
+    assert found.participation_ratio == pytest.approx(1)

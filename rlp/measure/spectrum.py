@@ -50,7 +50,8 @@ def spectrum(x: Tensor) -> Spectrum:
     total = values.sum()
     if total == 0:
         return Spectrum(values, 0.0, 0.0, 0)
-    share = values[values > 0] / total
+    share = values / total
+    share = share[share > 0]  # what is left of a tiny eigenvalue may be 0
     return Spectrum(
         values,
         effective_rank=float(np.exp(-(share * np.log(share)).sum())),

@@ -14,9 +14,10 @@ from tiny_run import striped_images, tiny_config, write_tiny_sets
 from rlp.config import to_yaml
 from rlp.errors import UserError
 from rlp.measure import crossover as module
-from rlp.measure.crossover import by_sample, crossover, half_config
-from rlp.measure.crossover_table import COLUMNS, crossover_table
+from rlp.measure.crossover import crossover, half_config
 from rlp.measure.estimate import Estimate
+from rlp.measure.pooled_table import COLUMNS, pooled_table
+from rlp.measure.pooling import by_sample
 from rlp.measure.probe import ProbeOptions
 from rlp.measure.reading import Condition, Reading, load_readings
 from rlp.schema import TrainConfig
@@ -124,7 +125,7 @@ def test_every_sample_is_member_once_and_non_member_once(folder: Path, config: T
     assert {row["n"] for row in rows if row["protocol"] == "converged"} == {2, 5}
     for row in rows:
         check_row(row, folder / "run")
-    table = crossover_table(rows)
+    table = pooled_table(rows)
     for column in COLUMNS:
         assert column in table
     assert "95% interval" not in table.splitlines()[0]

@@ -39,6 +39,13 @@ def test_readings_come_back_whole(tmp_path: Path, draws: int, samples: int) -> N
         np.testing.assert_array_equal(getattr(found[0], name), getattr(made(draws, samples), name))
 
 
+def test_shares_of_a_budget_come_back_as_they_are(tmp_path: Path) -> None:
+    share = np.random.default_rng(0).random((2, 5), dtype=np.float32)
+    found = load_readings(save_readings(tmp_path / "readings.npz", [replace(made(2, 5), correct=share)]))
+    np.testing.assert_array_equal(found[0].correct, share)
+    assert found[0].accuracy == pytest.approx(share.mean(axis=1))
+
+
 def test_shapes_must_fit() -> None:
     with pytest.raises(ValueError, match="draws by samples"):
         replace(made(2, 5), ids=np.arange(4))

@@ -1,18 +1,24 @@
 """The calibrated measurement: python -m rlp.measure SUBCOMMAND.
 
-probe reads a finished run with fresh heads on fresh random labels, beside every control; crossover trains two networks
-on complementary halves and compares each sample with itself. Exit status: 0; 2 for a user's mistake; 130 after Ctrl-C.
+probe reads a finished run with fresh heads on fresh random labels, beside every control; pool joins the probes of runs
+that differ in their seed; crossover trains two networks on complementary halves and compares each sample with itself.
+Exit status: 0; 2 for a user's mistake; 130 after Ctrl-C.
 """
 
 import argparse
 from collections.abc import Callable, Sequence
+import json
 import os
 import signal
 import sys
 import time
+from typing import Any
 
 from rlp.errors import UserError, exit_on_user_error
+from rlp.files import write_atomically
+from rlp.measure import pooling
 from rlp.measure.crossover import add_crossover
+from rlp.measure.pooled_table import pooled_table
 from rlp.measure.preprocess import FEATURES
 from rlp.measure.probe import HEADS, IMAGES, MODES, PROTOCOLS, ProbeOptions, run_probe
 from rlp.measure.table import planted_table, probe_table, rademacher_table
@@ -74,12 +80,23 @@ def probe(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def pool(arguments: argparse.Namespace) -> int:
+    """Print the table over several runs, and write its rows where that is asked for."""
+    rows = pooling.pool(arguments.runs, arguments.folder)
+    print(pooled_table(rows))
+    if arguments.out:
+        text = json.dumps({"schema": 1, "rows": rows}, indent=1, ensure_ascii=False, allow_nan=False)
+        print(f"\nwritten to {write_atomically(arguments.out, text)}")
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m rlp.measure", description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", metavar="SUBCOMMAND", required=True)
     about = "read a finished run with fresh heads on fresh draws, beside every control"
     _add_probe(commands.add_parser("probe", help=about, description=about))
+    _add_pool(commands)
     add_crossover(commands)
     return parser
 
@@ -119,6 +136,15 @@ def _add_probe(part: argparse.ArgumentParser) -> None:
     part.add_argument("--checkpoint", default="last", metavar="C", help="last, best or a file (default: %(default)s)")
     part.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
     part.add_argument("--out", metavar="FOLDER", help="where results go (default: RUN/measure)")
+
+
+def _add_pool(commands: Any) -> None:
+    about = "one table over probed runs that differ in their seed alone"
+    part = commands.add_parser("pool", help=about, description=about)
+    part.set_defaults(call=pool)
+    part.add_argument("runs", nargs="+", metavar="RUN", help="folders of probed runs")
+    part.add_argument("--folder", default="measure", help="of the probe in each run (default: %(default)s)")
+    part.add_argument("--out", metavar="FILE", help="JSON file for the rows")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ been trained on: neither which samples they are nor which labels they drew.
 
 import argparse
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 import json
 from pathlib import Path
 import subprocess
@@ -23,11 +23,10 @@ from rlp.data.card import Card
 from rlp.data.open_file import file_sha256
 from rlp.errors import UserError
 from rlp.files import write_atomically
-from rlp.measure.crossover_table import crossover_table
-from rlp.measure.estimate import Estimate, delta_estimate, kappa_estimate, mean_estimate
+from rlp.measure.pooled_table import pooled_table
+from rlp.measure.pooling import CONTROLS, Key, Row, Side, by_sample, load_side, pooled_row
 from rlp.measure.preprocess import FEATURES
 from rlp.measure.probe import HEADS, ProbeOptions, probe
-from rlp.measure.reading import Condition, Reading, load_readings
 from rlp.measure.run import GROUPS
 from rlp.runfolder import IDENTITY, check_same_run
 from rlp.runlog import SUMMARY, read_summary
@@ -36,23 +35,6 @@ from rlp.schema import TrainConfig
 RESULTS = "crossover.json"
 SCHEMA = 1
 PROTOCOLS = ("converged", "views", "budget", "retrieval")
-CONTROLS = ("untrained", "noise", "leak")
-
-Row = dict[str, Any]
-Key = tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class Side:
-    """What was found in one network.
-
-    Attributes:
-        readings: by condition, then by group.
-        rows: the probe's rows by condition.
-    """
-
-    readings: dict[Key, dict[str, Reading]]
-    rows: dict[Key, Row]
 
 
 def crossover(config: TrainConfig, seeds: Sequence[int], options: ProbeOptions | None = None) -> list[Row]:
@@ -173,44 +155,22 @@ def _probed(run_dir: Path, options: ProbeOptions) -> Side:
     """Probe a network, unless the same probe of the same weights lies there."""
     folder = run_dir / "measure" / "crossover"
     options = replace(options, out=str(folder))
-    rows = _rows_on_disk(run_dir, folder, options)
-    if rows is None:
-        rows = probe(run_dir, options)
-    readings: dict[Key, dict[str, Reading]] = {}
-    for reading in load_readings(folder / "readings.npz"):
-        readings.setdefault(_key_of(reading.condition), {})[reading.condition.group] = reading
-    return Side(readings, {_key_of_row(row): row for row in rows})
+    if not _is_probed(run_dir, folder, options):
+        probe(run_dir, options)
+    return load_side(folder)
 
 
-def _rows_on_disk(run_dir: Path, folder: Path, options: ProbeOptions) -> list[Row] | None:
+def _is_probed(run_dir: Path, folder: Path, options: ProbeOptions) -> bool:
     try:
         content = json.loads((folder / "probe.json").read_text("utf-8"))
         same = {**content["options"], "out": None} == {**_plain(options), "out": None}
         weights = file_sha256(list_checkpoints(run_dir / "checkpoints")[-1])
-        return content["rows"] if same and content["run"]["checkpoint_sha256"] == weights else None
+        return same and content["run"]["checkpoint_sha256"] == weights
     except (OSError, ValueError, KeyError, IndexError, TypeError):
-        return None
-
-
-def _key_of(condition: Condition) -> Key:
-    return _key_of_row({**asdict(condition), "n": condition.num_labels})
-
-
-def _key_of_row(row: Row) -> Key:
-    return tuple(row[name] for name in ("protocol", "head", "features", "mode", "images", "depth", "tap", "n"))
+        return False
 
 
 # Comparing.
-
-
-def by_sample(reading: Reading) -> tuple[np.ndarray, np.ndarray]:
-    """Ids int64 [N], ascending, and the share of right answers over the views of each sample, [K, N] (bool if one)."""
-    ids, counts = np.unique(reading.ids, return_counts=True)
-    views = int(counts[0])
-    if not (counts == views).all():
-        raise ValueError("samples occur in differing numbers of views")
-    correct = reading.correct[:, np.argsort(reading.ids, kind="stable")].reshape(len(reading.correct), len(ids), views)
-    return ids, correct[..., 0] if views == 1 else correct.mean(axis=2)
 
 
 def _paired(pair: tuple[Side, Side], key: Key) -> tuple[np.ndarray, np.ndarray]:
@@ -229,37 +189,10 @@ def _paired(pair: tuple[Side, Side], key: Key) -> tuple[np.ndarray, np.ndarray]:
 
 def _row(name: str, seeds: Sequence[int], key: Key, pairs: Sequence[tuple[Side, Side]]) -> Row:
     """One condition over all seeds."""
-    sides = [side for pair in pairs for side in pair]
-    told = [side.rows[key] for side in sides]
-    conditions = [side.readings[key]["members"].condition for side in sides]
-    n = conditions[0].num_labels
     both = [_paired(pair, key) for pair in pairs]
-    members, others = [pair[0] for pair in both], [pair[1] for pair in both]
-    estimates = _estimates(members, others, n, conditions[0].protocol == "retrieval")
+    told = [side.rows[key] for pair in pairs for side in pair]
     controls = {group: list(_control(pairs, key, group)) for group in CONTROLS}
-    for group, values in controls.items():
-        found = _kappa(values, n, conditions[0].protocol == "retrieval") if values else None
-        estimates[group] = None if found is None else found.as_dict()
-    shared = {field: told[0][field] for field in ("protocol", "tap", "depth", "D", "n", "head", "features", "mode")}
-    return {
-        "run": name,
-        "seeds": list(seeds),
-        **shared,
-        "N": min(row["N"] for row in told),
-        "draws": min(len(each) for each in members),
-        "images": told[0]["images"],
-        "steps": max(row["steps"] for row in told),
-        "converged": float(np.mean([row["converged"] for row in told])),
-        "chance": 1 / n,
-        "accuracy": float(np.mean([each.mean() for each in members])),
-        **estimates,
-        **{field: float(np.mean([row[field] for row in told])) for field in _MEANS},
-        "curve": [],
-        "note": "after the last step of the budget" if conditions[0].protocol == "budget" else "",
-    }
-
-
-_MEANS = ("class_only", "effective_rank", "participation_ratio")
+    return pooled_row(name, seeds, told, [a for a, _ in both], [b for _, b in both], controls, paired=True)
 
 
 def _control(pairs: Sequence[tuple[Side, Side]], key: Key, group: str) -> Iterator[np.ndarray]:
@@ -268,22 +201,6 @@ def _control(pairs: Sequence[tuple[Side, Side]], key: Key, group: str) -> Iterat
         found = [by_sample(side.readings[key][group])[1] for side in pair if group in side.readings[key]]
         if found:
             yield np.concatenate(found, axis=1)
-
-
-def _kappa(values: Sequence[np.ndarray], n: int, retrieval: bool) -> Estimate:
-    if not retrieval:
-        return kappa_estimate(values, n)
-    return mean_estimate([(n * each - 1.0) / (n - 1) for each in values])  # no draws: samples alone are an interval
-
-
-def _estimates(members: list[np.ndarray], others: list[np.ndarray], n: int, retrieval: bool) -> dict[str, Row | None]:
-    if retrieval:
-        gains = [(1.0 * a - b) * (n / (n - 1)) for a, b in zip(members, others, strict=True)]
-        delta = mean_estimate(gains)
-    else:
-        delta = delta_estimate(members, others, n, paired=True)
-    found = {"members": _kappa(members, n, retrieval), "non_members": _kappa(others, n, retrieval), "delta": delta}
-    return {name: estimate.as_dict() for name, estimate in found.items()}
 
 
 # The command line.
@@ -345,5 +262,5 @@ def run_crossover(arguments: argparse.Namespace) -> int:
         device=arguments.device,
     )
     rows = crossover(config, arguments.seeds, options)
-    print(f"{crossover_table(rows)}\n\nwritten to {Path(config.run.dir) / RESULTS}")
+    print(f"{pooled_table(rows, paired=True)}\n\nwritten to {Path(config.run.dir) / RESULTS}")
     return 0

@@ -78,7 +78,6 @@ class Result:
         converged: share of heads that passed the test of convergence.
         spectrum: of the features that heads were fitted to.
         curve: κ after so many steps (budget).
-        last: right answers after the last step, bool ``[K, N]`` (budget): what is stored of it.
     """
 
     group: str
@@ -92,7 +91,6 @@ class Result:
     converged: float
     spectrum: Spectrum
     curve: tuple[tuple[int, float], ...] = ()
-    last: np.ndarray | None = None
 
     @property
     def by_sample(self) -> np.ndarray:
@@ -116,8 +114,6 @@ class Result:
             converged=self.converged,
         )
         flat = {name: getattr(self, name).reshape(len(self.correct), -1) for name in ("correct", "log_p", "margin")}
-        if self.last is not None:
-            flat["correct"] = self.last
         ids = np.tile(self.part.ids, self.correct.shape[1])
         return Reading(condition=condition, ids=ids, **flat)
 
@@ -223,7 +219,6 @@ def _budget(material: Material, setting: Setting, transform: Transform) -> Resul
         converged=1.0,
         spectrum=spectrum(x),
         curve=tuple(zip(curve.steps.tolist(), kappas, strict=True)),
-        last=curve.correct[-1],
     )
 
 

@@ -52,7 +52,8 @@ class Reading:
     Attributes:
         condition: under which it was read.
         ids: sample ids, int64 ``[N]``.
-        correct: whether the head of draw k got sample i's random label right, bool ``[K, N]``.
+        correct: whether the head of draw k got sample i's random label right, bool ``[K, N]``; in the budget the
+            share of its steps at which it did (by log2 of the steps), float32 ``[K, N]``.
         log_p: log-probability of the random label, float32 ``[K, N]``.
         margin: ``z_t`` minus the largest other logit, float32 ``[K, N]``.
     """
@@ -90,7 +91,8 @@ def save_readings(path: Path, readings: Sequence[Reading]) -> Path:
     arrays["conditions"] = np.frombuffer(json.dumps(conditions).encode(), np.uint8)
     for number, reading in enumerate(readings):
         arrays |= {f"{number}.{name}": getattr(reading, name) for name in ("ids", "log_p", "margin")}
-        arrays[f"{number}.correct"] = np.packbits(reading.correct, axis=1)
+        correct = reading.correct
+        arrays[f"{number}.correct"] = np.packbits(correct, axis=1) if correct.dtype == bool else correct
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # type: ignore[arg-type]
     return write_atomically(path, buffer.getvalue())
@@ -119,7 +121,9 @@ def _readings(arrays: "np.lib.npyio.NpzFile") -> list[Reading]:
     found = []
     for number, condition in enumerate(conditions):
         ids = arrays[f"{number}.ids"]
-        correct = np.unpackbits(arrays[f"{number}.correct"], axis=1, count=len(ids)).astype(bool)
+        correct = arrays[f"{number}.correct"]
+        if correct.dtype == np.uint8:
+            correct = np.unpackbits(correct, axis=1, count=len(ids)).astype(bool)
         parts = {name: arrays[f"{number}.{name}"] for name in ("log_p", "margin")}
         found.append(Reading(condition=Condition(**condition), ids=ids, correct=correct, **parts))
     return found

@@ -61,8 +61,8 @@ def probe_table(facts: Row, rows: Sequence[Row]) -> str:
         rows: ``rows`` of ``probe.json``.
     """
     parts = [_title(facts)]
-    for title, note, group in _grouped(rows):
-        lines = _aligned([list(COLUMNS), *(_cells(row) for row in group)])
+    for title, note, group in grouped(rows):
+        lines = aligned([list(COLUMNS), *(_cells(row) for row in group)])
         parts.append("\n".join([title, *([note] if note else []), *lines]))
     return "\n\n".join([*parts, LEGEND])
 
@@ -70,8 +70,8 @@ def probe_table(facts: Row, rows: Sequence[Row]) -> str:
 def planted_table(planted: Sequence[Row]) -> str:
     """AUROC of planted truth as text; empty where nothing is planted."""
     tables = []
-    for title, _, group in _grouped(planted):
-        lines = _aligned([list(PLANTED_COLUMNS), *(_planted_cells(row) for row in group)])
+    for title, _, group in grouped(planted):
+        lines = aligned([list(PLANTED_COLUMNS), *(_planted_cells(row) for row in group)])
         tables.append(
             "\n".join([f"{title}: AUROC of mean log p of the random label, planted against the rest", *lines])
         )
@@ -81,12 +81,12 @@ def planted_table(planted: Sequence[Row]) -> str:
 def rademacher_table(rows: Sequence[Row]) -> str:
     """The readings of n = 2 as text, with the sentence on what they bound; empty where there are none."""
     tables, meaning = [], ""
-    for title, _, group in _grouped(rows):
+    for title, _, group in grouped(rows):
         by_tap: dict[str, dict[str, Row]] = {}
         for row in group:
             by_tap.setdefault(row["tap"], {})[row["group"]] = row
             meaning = row["meaning"]
-        lines = _aligned([list(RADEMACHER_COLUMNS), *(_rademacher_cells(found) for found in by_tap.values())])
+        lines = aligned([list(RADEMACHER_COLUMNS), *(_rademacher_cells(found) for found in by_tap.values())])
         tables.append("\n".join([f"{title}: 2·acc - 1 at n = 2", *lines]))
     return "\n\n".join([*tables, meaning]) if tables else ""
 
@@ -107,7 +107,7 @@ def _title(facts: Row) -> str:
     return "\n".join(["   ".join([first, *shares]), second])
 
 
-def _grouped(rows: Sequence[Row]) -> list[tuple[str, str, list[Row]]]:
+def grouped(rows: Sequence[Row]) -> list[tuple[str, str, list[Row]]]:
     """Title, note and rows of each table, in the order of the rows."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
@@ -123,23 +123,23 @@ def _cells(row: Row) -> list[str]:
         *(str(row[key]) for key in ("D", "n", "N", "draws")),
         f"{row['chance']:.3g}",
         f"{row['accuracy']:.4f}",
-        *_both(row["members"]),
-        *_both(row["non_members"]),
-        *_both(row["delta"]),
+        *mean_and_interval(row["members"]),
+        *mean_and_interval(row["non_members"]),
+        *mean_and_interval(row["delta"]),
         _mean(row["untrained"]),
         _mean(row["noise"]),
-        _number(row["class_only"]),
-        *_both(row["leak"]),
+        number(row["class_only"]),
+        *mean_and_interval(row["leak"]),
         str(row["steps"]),
         "-" if row["protocol"] in ("online", "retrieval", "budget") else f"{row['converged']:.0%}",
-        _number(row["effective_rank"], 1),
+        number(row["effective_rank"], 1),
     ]
 
 
 def _planted_cells(row: Row) -> list[str]:
     facts = [row["planted"], row["tap"], *(str(row[key]) for key in ("n", "N", "count")), f"{row['chance']:.1f}"]
     others = ("non_members", "untrained", "class_loss", "class_loss_non_members")
-    return [*facts, *_both(row["members"]), *(_mean(row[key]) for key in others)]
+    return [*facts, *mean_and_interval(row["members"]), *(_mean(row[key]) for key in others)]
 
 
 def _rademacher_cells(found: dict[str, Row]) -> list[str]:
@@ -148,26 +148,28 @@ def _rademacher_cells(found: dict[str, Row]) -> list[str]:
     others = [
         _mean(found[name]["estimate"] if name in found else None) for name in ("non-members", "untrained", "noise")
     ]
-    return [*facts, *_both(row["estimate"]), *others]
+    return [*facts, *mean_and_interval(row["estimate"]), *others]
 
 
-def _both(estimate: Row | None) -> tuple[str, str]:
+def mean_and_interval(estimate: Row | None) -> tuple[str, str]:
+    """Two cells of an estimate; dashes where there is none."""
     if estimate is None:
         return "-", "-"
     if estimate["low"] is None:
         return _mean(estimate), "one draw"
-    return _mean(estimate), f"[{_number(estimate['low'])}, {_number(estimate['high'])}]"
+    return _mean(estimate), f"[{number(estimate['low'])}, {number(estimate['high'])}]"
 
 
 def _mean(estimate: Row | None) -> str:
-    return "-" if estimate is None else _number(estimate["mean"])
+    return "-" if estimate is None else number(estimate["mean"])
 
 
-def _number(value: float | None, digits: int = 3) -> str:
+def number(value: float | None, digits: int = 3) -> str:
+    """A cell."""
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def _aligned(rows: list[list[str]]) -> list[str]:
+def aligned(rows: list[list[str]]) -> list[str]:
     """Columns two spaces apart, the first to the left, the rest to the right, a rule under the first row."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [

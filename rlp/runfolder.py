@@ -5,8 +5,10 @@ import shutil
 from typing import Any
 
 from rlp.checkpoint import list_checkpoints, load_checkpoint, step_of
+from rlp.config import keys_by_path
 from rlp.errors import UserError
 from rlp.runlog import SUMMARY
+from rlp.schema import TrainConfig
 
 IDENTITY = "environment.json"
 """Written first and removed never: a folder with files but without this one is no run's, and is left alone."""
@@ -156,10 +158,12 @@ def check_same_run(state: dict[str, Any], config: dict[str, Any], data: dict[str
         What differs all the same and changes the result, a sentence each.
     """
     remarks = []
+    # A run that is older than a key did what the key's default does.
+    defaults = {name: entry.default for name, entry in keys_by_path(TrainConfig).items() if not entry.required}
     for section, keys in config.items():
         for key, value in keys.items():
             name = f"{section}.{key}"
-            before = state["config"].get(section, {}).get(key)
+            before = state["config"].get(section, {}).get(key, defaults.get(name))
             if before == value or (section == "run" and key != "seed"):
                 continue
             if name not in _FREE_KEYS | _EFFECTS.keys():

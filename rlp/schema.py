@@ -219,8 +219,8 @@ class HeadsConfig(Section, name="heads"):
         if self.weight and not self.taps:
             raise UserError(f"λ is {self.weight}, but heads.taps is empty; expected taps, or heads.lam 0")
         for pattern, factor in self.lam_taps.items():
-            if isinstance(factor, bool) or not isinstance(factor, int | float) or factor < 0:
-                raise UserError(f"heads.lam_taps has {factor!r} at '{pattern}'; expected a number of at least 0")
+            if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 <= factor < float("inf"):
+                raise UserError(f"heads.lam_taps has {factor!r} at '{pattern}'; expected a finite number of at least 0")
         if self.target_kappa is not None and not self.weight:
             raise UserError(
                 f"heads.target_kappa is {self.target_kappa}, but λ is 0, which no factor changes; expected heads.lam "

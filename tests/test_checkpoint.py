@@ -137,6 +137,14 @@ def test_a_linked_checkpoint_folder_is_emptied_and_stays(tmp_path):
     assert not list_checkpoints(tmp_path / "large_disk")
 
 
+def test_a_run_older_than_a_key_goes_on_with_its_default():
+    saved = state(1)
+    newer = {**saved["config"], "heads": {"kind": "shared", "lam_taps": {}, "target_kappa": None, "steps": 1}}
+    assert check_same_run(saved, newer, {"train": "abc"}) == []
+    with pytest.raises(UserError, match=r"heads\.kind is 'copied', but the run to resume has 'shared'"):
+        check_same_run(saved, {**newer, "heads": {"kind": "copied"}}, {"train": "abc"})
+
+
 def test_another_experiment_is_not_gone_on_with():
     saved = state(1)
     longer = {"train": {"lr": 0.1, "epochs": 9}, "run": {"seed": 0, "dir": "b"}}

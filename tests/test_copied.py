@@ -160,6 +160,34 @@ def test_a_restart_changes_every_weight_in_place():
     assert addresses == [p.data_ptr() for p in heads.parameters()]
 
 
+class Attentive(nn.Module):
+    """Attention, whose start has a name of its own, and a scale that has none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.fc = nn.Linear(192, 8), nn.Linear(8, CLASSES)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.scale = nn.Parameter(torch.full((8,), 3.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x.flatten(1)).unsqueeze(1)
+        return self.fc((self.attention(x, x, x)[0] * self.scale).squeeze(1))
+
+
+def test_a_restart_leaves_nothing_learnt():
+    heads = rlp.attach(Attentive(), ["stem"], draws=1, kind="copied", example=images())
+    branch = bank_of(heads).branches[0]
+    learnt = {}
+    with torch.no_grad():
+        for name, parameter in branch.named_parameters():
+            learnt[name] = parameter.add_(7).clone()
+    heads.restart(1)
+    fresh = dict(branch.named_parameters())
+    assert not [name for name in learnt if torch.equal(learnt[name], fresh[name])]
+    assert torch.equal(fresh["tail.scale"], torch.full((8,), 3.0)), "a scale starts as the network's did"
+    assert not [name for name in heads.state_dict() if "kept" in name]
+
+
 # -- who trains whom ---------------------------------------------------------------------------------------------
 
 

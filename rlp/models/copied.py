@@ -44,6 +44,16 @@ class Branch(nn.Module):
         self.tail.set_submodule(path, new)
         for parameter in self.parameters():
             parameter.requires_grad_(True)
+        self._keep_what_has_no_start()
+
+    def _keep_what_has_no_start(self) -> None:
+        """Remember the parameters of modules that cannot start afresh, such as a scale of the network's own."""
+        self._kept: dict[str, str] = {}
+        for path, module in self.tail.named_modules():
+            for name, parameter in module.named_parameters(path, recurse=False) if _reset_of(module) is None else ():
+                self._kept[name] = f"kept{len(self._kept)}"
+                # A buffer, so that it moves along and ranks can share it; not saved, for the network gives it again.
+                self.register_buffer(self._kept[name], parameter.detach().clone(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """What the tap gives ``[B, ...]`` to logits ``[B, n]``."""
@@ -52,19 +62,30 @@ class Branch(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int, whole: bool) -> None:
-        """A fresh last layer, as ``nn.Linear`` has it; with ``whole`` every module starts again as PyTorch has it."""
+        """A fresh last layer, as ``nn.Linear`` has it; with ``whole`` every module starts again as PyTorch has it.
+
+        Parameters of a module that has no start of its own go back to what the network had when it was copied.
+        """
         devices = [p.device for p in self.parameters() if p.is_cuda][:1]
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
             for module in self.tail.modules() if whole else ():
-                if callable(reset := getattr(module, "reset_parameters", None)):
+                if (reset := _reset_of(module)) is not None:
                     reset()
+        for path, kept in self._kept.items() if whole else ():
+            self.tail.get_parameter(path).copy_(self.get_buffer(kept))
         layer = self.tail.get_submodule(self.classifier_path)
         generator, bound = torch.Generator().manual_seed(seed), 1 / math.sqrt(layer.in_features)  # type: ignore[arg-type]
         for parameter in layer.parameters():
             # On the CPU, so that the numbers do not depend on the device.
             fresh = torch.empty(parameter.shape, device="cpu").uniform_(-bound, bound, generator=generator)
             parameter.copy_(fresh)
+
+
+def _reset_of(module: nn.Module) -> Callable[[], Any] | None:
+    """How a module starts again; PyTorch's attention and transformers have it under a name of their own."""
+    found = (getattr(module, name, None) for name in ("reset_parameters", "_reset_parameters"))
+    return next((reset for reset in found if callable(reset)), None)
 
 
 def _classifier(tail: fx.GraphModule) -> tuple[str, nn.Linear]:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 import rlp
 from rlp.measure.preprocess import FEATURES as FROZEN_FEATURES
-from rlp.measure.preprocess import Preprocess
+from rlp.measure.preprocess import RESIDUALS, Preprocess
 from rlp.models import build_model
 from rlp.models.banks import HeadBank
 from rlp.models.featurize import FEATURES, MOMENTUM, Featurizer
@@ -32,7 +32,7 @@ def settled(kind: str, x: Tensor, width: int = 4, seed: int = 3) -> Featurizer:
 
 
 def test_the_names_are_those_of_frozen_features():
-    assert tuple(kind for kind in FROZEN_FEATURES if kind != "residual") == FEATURES  # which needs all class means
+    assert tuple(kind for kind in FROZEN_FEATURES if kind not in RESIDUALS) == FEATURES  # which need all class means
 
 
 @pytest.mark.parametrize("kind", KINDS)

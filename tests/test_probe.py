@@ -1,6 +1,7 @@
 """Probing finished runs: who is a member, features and their cache, protocols, controls, rows."""
 
 import dataclasses
+from dataclasses import replace
 import json
 from pathlib import Path
 import shutil
@@ -227,7 +228,9 @@ def test_limits_are_nested(run: Run) -> None:
 
 def part(x: torch.Tensor, words: np.ndarray, first: int = 0) -> Part:
     count = x.shape[1]
-    return Part(x=x, ids=first + np.arange(count), classes=np.arange(count) % CLASSES, words=words)
+    classes = np.arange(count) % CLASSES
+    predicted = torch.from_numpy(classes).expand(len(x), count)
+    return Part(x=x, ids=first + np.arange(count), classes=classes, predicted=predicted, words=words)
 
 
 def made_up(samples: int = 60, dim: int = 8, views: int = 1, draws: int = 3, seed: int = 0) -> Part:
@@ -252,12 +255,27 @@ def test_heads_on_features_that_tell_the_random_label_are_right_and_do_not_leak(
     assert held_out.by_sample.shape == (1, 100)
 
 
+def test_residuals_are_those_of_the_given_or_of_the_predicted_class() -> None:
+    noisy = made_up(draws=2, samples=60)
+    predicted = torch.arange(60)[None] // 30  # two classes, in two halves: not the given ones
+    apart = replace(noisy, x=100 * torch.nn.functional.one_hot(predicted, 8).float() + noisy.x, predicted=predicted)
+    found = {
+        kind: read(
+            Material(group="members", fit=apart, score=apart),
+            Setting(protocol="budget", mode="eval", images="clean", features=kind, n=2),
+        )
+        for kind in ("residual", "residual-predicted")
+    }
+    assert found["residual"].spectrum.effective_rank < 2  # what is predicted is still there, and all that there is
+    assert found["residual-predicted"].spectrum.effective_rank > 4
+
+
 def test_views_are_scored_unseen_and_averaged_by_sample() -> None:
     noisy = made_up(samples=40, draws=2, views=2)
     seen = part(noisy.x.repeat(3, 1, 1), noisy.words)
     unseen = made_up(samples=40, draws=2, views=2, seed=1)
     setting = Setting(protocol="views", mode="eval", images="augmented", features="raw", n=3)
-    score = Part(x=unseen.x, ids=noisy.ids, classes=noisy.classes, words=noisy.words)
+    score = replace(noisy, x=unseen.x)
     found = read(Material(group="members", fit=seen, score=score), setting)
     assert found.correct.shape == (2, 2, 40)
     assert found.by_sample == pytest.approx(found.correct.mean(axis=1))

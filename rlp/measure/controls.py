@@ -25,12 +25,14 @@ class Part:
     Attributes:
         x: features, float32 ``[V, N, D]``.
         ids, classes: sample ids and given labels, int64 ``[N]``.
+        predicted: classes that the network predicts, of each view, int64 ``[V, N]``.
         words: random words, int64 ``[N, K]``.
     """
 
     x: Tensor
     ids: np.ndarray
     classes: np.ndarray
+    predicted: Tensor
     words: np.ndarray
 
     @property
@@ -46,10 +48,20 @@ class Part:
         """Given labels of :attr:`rows`, int64 ``[V·N]``."""
         return torch.from_numpy(self.classes).repeat(len(self.x))
 
+    def row_predictions(self) -> Tensor:
+        """Predicted classes of :attr:`rows`, int64 ``[V·N]``."""
+        return self.predicted.flatten()
+
     def take(self, rows: np.ndarray) -> "Part":
         """The samples at these places."""
-        x = self.x[:, torch.from_numpy(rows)]
-        return Part(x=x, ids=self.ids[rows], classes=self.classes[rows], words=self.words[rows])
+        places = torch.from_numpy(rows)
+        return Part(
+            x=self.x[:, places],
+            ids=self.ids[rows],
+            classes=self.classes[rows],
+            predicted=self.predicted[:, places],
+            words=self.words[rows],
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +97,8 @@ def materials(
 def _part(sets: Sets, group: str, tap: str, views: Sequence[int | None]) -> Part:
     first = sets[group, views[0]]
     x = torch.stack([sets[group, view].features[tap] for view in views])
-    return Part(x=x, ids=first.ids, classes=first.given, words=first.words)
+    predicted = torch.stack([sets[group, view].logits.argmax(dim=1) for view in views])
+    return Part(x=x, ids=first.ids, classes=first.given, predicted=predicted, words=first.words)
 
 
 def noise(members: Material, seed: int) -> Material:

@@ -9,7 +9,8 @@ from rlp.errors import UserError
 from rlp.measure.spectrum import check_features, chunks, feature_deviation, feature_mean
 from rlp.seeding import named_seed
 
-FEATURES = ("raw", "standardised", "normalised", "projected", "residual")
+FEATURES = ("raw", "standardised", "normalised", "projected", "residual", "residual-predicted")
+RESIDUALS = FEATURES[-2:]
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Preprocess:
       before, D of them in `width` numbers.
     - ``residual``: minus the mean of the sample's given class. Erases what the class tells, as heads per class do
       (arXiv 2411.19640), and leaves the rest to one head. It alone lets the given labels into a reading.
+    - ``residual-predicted``: minus the mean of the class that the network predicts, its control: where a network is
+      often wrong, as on non-members, subtracting given classes leaves directions of the predicted ones.
 
     Attributes:
         kind: one of `FEATURES`.
@@ -46,8 +49,8 @@ class Preprocess:
     ) -> "Preprocess":
         """The map with the statistics of features ``[N, D]``; `width` and `seed` are those of the projection.
 
-        `classes` are the given labels, int64 ``[N]``, which residuals need. The matrix is a function of D, width and
-        seed alone. No global random state is touched.
+        `classes` are the given or predicted labels, int64 ``[N]``, which residuals need. The matrix is a function of D, width
+        and seed alone. No global random state is touched.
 
         Raises:
             UserError: an unknown kind, a width below 1, or features that are not finite, ``[N, D]`` and at least one.
@@ -58,7 +61,7 @@ class Preprocess:
             raise UserError(f"width is {width}; expected the number of dimensions to project to, at least 1")
         check_features(x)
         mean, dim = feature_mean(x), x.shape[1]
-        if kind == "residual":
+        if kind in RESIDUALS:
             return cls(kind, dim, _class_means(x, _checked(classes, x), mean), torch.ones_like(mean))
         if kind in ("raw", "normalised"):
             return cls(kind, dim, mean, torch.ones_like(mean))
@@ -71,7 +74,7 @@ class Preprocess:
         return cls(kind, width, mean, scale, matrix.to(x.device))
 
     def __call__(self, x: Tensor, classes: Tensor | None = None) -> Tensor:
-        """Float32 ``[N, dim]``; residuals need the given labels, int64 ``[N]``.
+        """Float32 ``[N, dim]``; residuals need the labels, int64 ``[N]``.
 
         Raises:
             UserError: the features have another width than those that the map was fitted to, or classes are missing.
@@ -81,7 +84,7 @@ class Preprocess:
             raise UserError(f"the features have the shape {[*x.shape]}; expected [N, {width}]")
         if self.kind == "raw":
             return x.float()
-        if self.kind == "residual":
+        if self.kind in RESIDUALS:
             own = self.mean[_checked(classes, x).clamp(max=len(self.mean) - 1)]
             return torch.cat(
                 [(part.double() - mean).float() for part, mean in zip(chunks(x), chunks(own), strict=True)]
@@ -100,7 +103,7 @@ class Preprocess:
 def _checked(classes: Tensor | None, x: Tensor) -> Tensor:
     """The classes on the features' device."""
     if classes is None or classes.shape != x.shape[:1] or classes.dtype != torch.int64 or int(classes.min()) < 0:
-        raise UserError(f"residual features need the given class of each sample; expected int64 [{len(x)}], 0 or more")
+        raise UserError(f"residual features need the class of each sample; expected int64 [{len(x)}], 0 or more")
     return classes.to(x.device)
 
 

@@ -121,12 +121,13 @@ class Result:
 def read(material: Material, setting: Setting) -> Result:
     """Fit heads to one group as the protocol says, and score them."""
     fit = material.fit
+    means_of = Part.row_predictions if setting.features == "residual-predicted" else Part.row_classes
     prepared = Preprocess.fit(
-        fit.rows, setting.features, width=setting.width, seed=setting.seed, classes=fit.row_classes()
+        fit.rows, setting.features, width=setting.width, seed=setting.seed, classes=means_of(fit)
     )  # the statistics of what heads are fitted to, in every group alike
 
     def transform(part: Part) -> Tensor:
-        return prepared(part.rows, part.row_classes()).to(setting.device)
+        return prepared(part.rows, means_of(part)).to(setting.device)
 
     reader: dict[str, Callable[[Material, Setting, Transform], Result]] = {
         "converged": _converged,

@@ -118,10 +118,10 @@ def test_residuals_are_what_the_class_does_not_tell() -> None:
 
 
 def test_residuals_need_classes() -> None:
-    with pytest.raises(UserError, match=r"given class of each sample; expected int64 \[50\]"):
+    with pytest.raises(UserError, match=r"the class of each sample; expected int64 \[50\]"):
         Preprocess.fit(X, "residual")
-    with pytest.raises(UserError, match=r"given class of each sample"):
+    with pytest.raises(UserError, match=r"the class of each sample"):
         Preprocess.fit(X, "residual", classes=torch.zeros(49, dtype=torch.int64))
     residual = Preprocess.fit(X, "residual", classes=torch.zeros(50, dtype=torch.int64))
-    with pytest.raises(UserError, match=r"given class of each sample"):
+    with pytest.raises(UserError, match=r"the class of each sample"):
         residual(X)

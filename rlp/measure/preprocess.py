@@ -49,8 +49,8 @@ class Preprocess:
     ) -> "Preprocess":
         """The map with the statistics of features ``[N, D]``; `width` and `seed` are those of the projection.
 
-        `classes` are the given or predicted labels, int64 ``[N]``, which residuals need. The matrix is a function of D, width
-        and seed alone. No global random state is touched.
+        `classes` are the given or predicted labels, int64 ``[N]``, which residuals need. The matrix is a function of D,
+        width and seed alone. No global random state is touched.
 
         Raises:
             UserError: an unknown kind, a width below 1, or features that are not finite, ``[N, D]`` and at least one.

@@ -33,7 +33,7 @@ COLUMNS = {
     "draws": "draws that the means are over",
     "protocol": "converged, views, budget or retrieval",
     "head": "kind of head, none for retrieval",
-    "features": "raw, standardised, normalised or projected",
+    "features": "what heads were given of the features, one of rlp.measure.preprocess.FEATURES",
     "mode": "the network's mode",
     "images": "clean or augmented",
     "log_p": "log-probability of the random label, mean over draws; null where the protocol has none",

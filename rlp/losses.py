@@ -111,22 +111,23 @@ def degrees_of_freedom(x: Tensor, ridge: float = RIDGE) -> Tensor:
     So no head stands for the rest, and none can be silenced alone.
 
     Args:
-        x: features ``[B, ...]``; half precision is raised to float32.
+        x: features ``[B, ...]``.
         ridge: ρ > 0, in units of the mean variance; eigen-directions well below it count for little.
 
     Returns:
-        0-dim, float32 or float64; 0 for one sample or constant features, NaN for none.
+        0-dim, float32, float64 for float64; 0 for one sample or constant features, NaN for none.
     """
     with torch.autocast(x.device.type, enabled=False):
-        x = x.flatten(1)
-        x = x if x.dtype == torch.float64 else x.float()
+        given = torch.promote_types(x.dtype, torch.float32)
+        # Where one direction has all the variance, the Gram matrix's condition is D / ρ, beyond what float32 resolves.
+        x = x.flatten(1).double()
         batch, dim = x.shape
         centred = x - x.mean(0)
         scaled = centred * centred.square().mean().clamp_min(_SMALLEST).rsqrt()
         gram = scaled @ scaled.T if batch <= dim else scaled.T @ scaled  # equal traces, the smaller matrix
         shifted = gram + ridge * batch * torch.eye(len(gram), dtype=x.dtype, device=x.device)
         factor = torch.linalg.cholesky_ex(shifted).L  # positive definite; unlike cholesky it asks the host nothing
-        return torch.cholesky_solve(gram, factor).diagonal().sum() / batch
+        return (torch.cholesky_solve(gram, factor).diagonal().sum() / batch).to(given)
 
 
 def correct(stats: Statistics) -> Tensor:

@@ -14,6 +14,8 @@ import sys
 import time
 from typing import Any
 
+import torch
+
 from rlp.errors import UserError, exit_on_user_error
 from rlp.files import write_atomically
 from rlp.measure import pooling
@@ -44,6 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 128 + signal.SIGPIPE
         except OSError as error:  # a full disk, a folder that may not be written
             raise UserError(f"{arguments.command} failed: {error}") from error
+        except (MemoryError, RuntimeError) as error:  # the CPU's allocator has no class of its own
+            known = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+            if not known:
+                raise
+            reason = (str(error).splitlines() or ["out of memory"])[0]
+            raise UserError(
+                f"{arguments.command} needs more memory: {reason}; expected fewer --n or --draws"
+            ) from error
 
 
 def probe(arguments: argparse.Namespace) -> int:

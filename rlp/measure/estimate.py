@@ -112,7 +112,7 @@ def kappa_estimate(correct: Sequence[np.ndarray], n: int, *, level: float = 0.95
         level: coverage, between 0 and 1.
     """
     _check_labels(n)
-    estimate = _without_single_draw(_estimate([_checked(correct)], level))
+    estimate = without_single_draw(_estimate([_checked(correct)], level))
     return _clipped(_linear(estimate, n, -1, n - 1), -1 / (n - 1), 1.0)
 
 
@@ -150,7 +150,7 @@ def delta_estimate(
         groups = [[np.subtract(a, b, dtype=np.float32) for a, b in zip(first, second, strict=True)]]
     else:
         groups = [first, second]
-    return _linear(_without_single_draw(_estimate(groups, level)), n, 0, n - 1)
+    return _linear(without_single_draw(_estimate(groups, level)), n, 0, n - 1)
 
 
 def rademacher(correct: Sequence[np.ndarray], *, level: float = 0.95) -> tuple[Estimate, str]:
@@ -409,7 +409,7 @@ def _clipped(estimate: Estimate, lowest: float, highest: float) -> Estimate:
     return replace(estimate, low=max(lowest, estimate.low), high=min(highest, estimate.high))
 
 
-def _without_single_draw(estimate: Estimate) -> Estimate:
+def without_single_draw(estimate: Estimate) -> Estimate:
     """One head on one network: its samples stand or fall together, so their spread is no interval."""
     alone = estimate.seeds == 1 and estimate.draws == 1
     return replace(estimate, low=None, high=None) if alone else estimate

@@ -198,7 +198,7 @@ def _cached(folder: Path, wanted: _Wanted) -> tuple[list[str], list[Tensor]]:
     place = folder / wanted.key
     try:
         return _read(place, len(wanted.group.view.ids))
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, EOFError):
         shutil.rmtree(place, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     _remove_torn(folder)

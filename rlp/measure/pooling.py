@@ -139,10 +139,13 @@ def pool(run_dirs: Sequence[str | Path], folder: str = "measure") -> list[Row]:
         folder: in each, where its probe lies.
 
     Raises:
-        UserError: a run is not probed, or the runs differ in more than their seed, or were probed with other options.
+        UserError: a run is not probed, or not since it went on; or the runs differ in more than their seed, or were
+            probed with other options.
     """
     paths = [Path(path) for path in run_dirs]
     sides = [load_side(path / folder) for path in paths]
+    for path, side in zip(paths, sides, strict=True):
+        _check_current(path, side)
     _check_alike(paths, sides)
     seeds = [side.run["seed"] for side in sides]
     name = " ".join(path.resolve().name for path in paths)
@@ -157,6 +160,13 @@ def _pooled(name: str, seeds: Sequence[int], key: Key, sides: Sequence[Side]) ->
     told = [side.rows[key] for side in sides]
     controls = {group: values(group) for group in CONTROLS}
     return pooled_row(name, seeds, told, values("members"), values("non-members"), controls, paired=False)
+
+
+def _check_current(path: Path, side: Side) -> None:
+    """Refuse the probe of a run that was trained further since: its settings are those of the end."""
+    probed, ended = side.run.get("steps"), read_summary(path).get("steps")
+    if side.options.get("checkpoint") == "last" and probed != ended:
+        raise UserError(f"{path} was probed at step {probed} and has gone on to step {ended}; probe it again")
 
 
 def _check_alike(paths: Sequence[Path], sides: Sequence[Side]) -> None:
@@ -175,7 +185,8 @@ def _check_alike(paths: Sequence[Path], sides: Sequence[Side]) -> None:
 
 
 def _settings(run_dir: Path) -> Row:
-    """By ``section.key``, but for those of the run itself."""
-    config = read_summary(run_dir)["config"]
-    sections = [(section, keys) for section, keys in config.items() if section != "run"]
-    return {f"{section}.{name}": value for section, keys in sections for name, value in keys.items()}
+    """By ``section.key``, but for those of the run itself; and what the files held, which may have been rewritten."""
+    summary = read_summary(run_dir)
+    sections = [(section, keys) for section, keys in summary["config"].items() if section != "run"]
+    files = {f"{split} file's sha256": facts["sha256"] for split, facts in summary.get("data", {}).items()}
+    return files | {f"{section}.{name}": value for section, keys in sections for name, value in keys.items()}

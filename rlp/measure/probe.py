@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 import json
+import os
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -115,18 +116,28 @@ def run_probe(run_dir: str | Path, options: ProbeOptions) -> Probed:
     draws are fitted to each group by itself, so that the two differ in nothing but having been trained on.
 
     Raises:
-        UserError: the run cannot be opened (see :func:`rlp.measure.run.open_run`), a tap does not exist, or a group
-            has too few samples.
+        UserError: the run cannot be opened (see :func:`rlp.measure.run.open_run`), a tap does not exist, a group has
+            too few samples, or the folder cannot be written.
+        OSError: likewise.
     """
     run = open_run(run_dir, checkpoint=options.checkpoint, device=options.device)
     folder = Path(options.out) if options.out else run.dir / "measure"
     found = _Gathered(run, options)
-    with _bar(_count(run, options)) as bar:
+    total = _count(run, options)
+    _check_writable(folder)
+    with _bar(total) as bar:
         for mode in options.modes:
             _probe_mode(run, options, mode, found, bar)
     if "online" in options.protocols:
         found.rows += online_rows(run, [tap.name for tap in probe_taps(run, options.taps)])
     return _save(folder, run, options, found)
+
+
+def _check_writable(folder: Path) -> None:
+    """Make the folder now: what takes hours to find must not be lost for want of a place."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{folder} cannot be written; expected a folder for the results (--out)")
 
 
 class _Gathered:
@@ -295,6 +306,8 @@ def _save(folder: Path, run: Run, options: ProbeOptions, found: _Gathered) -> Pr
         "planted": found.planted,
     }
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+    # An older one would stand beside readings that are not its own if writing ended half-way.
+    (folder / "probe.json").unlink(missing_ok=True)
     files = [
         save_readings(folder / "readings.npz", found.readings),
         *save_scores(folder, scores_table(found.scores, run.card.classes)),

@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass, fields
 import io
 import json
 from pathlib import Path
+import zipfile
+import zlib
 
 import numpy as np
 
@@ -102,14 +104,14 @@ def load_readings(path: Path) -> list[Reading]:
     """The readings of a ``.npz``.
 
     Raises:
-        UserError: the file is missing or holds no readings.
+        UserError: the file is missing or damaged, or holds no readings.
     """
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return _readings(arrays)
     except FileNotFoundError:
         raise UserError(f"{path} is missing; expected the readings that `python -m rlp.measure probe` writes") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path} holds no readings of this version: {error}") from error
 
 

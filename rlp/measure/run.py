@@ -21,6 +21,7 @@ from rlp.distributed import choose_device
 from rlp.errors import UserError
 from rlp.models import build_model, default_taps
 from rlp.philox import random_bits
+from rlp.runfolder import check_same_run
 from rlp.runlog import read_summary
 from rlp.schema import DataConfig, TrainConfig
 from rlp.seeding import named_seed
@@ -142,7 +143,8 @@ def open_run(path: str | Path, *, checkpoint: str = "last", device: str = "auto"
         device: ``auto``, ``cpu`` or ``cuda``.
 
     Raises:
-        UserError: the folder holds no finished run, a file is damaged, or a .beton is not the one that was trained on.
+        UserError: the folder holds no finished run, a file is damaged, the checkpoint is another run's, or a .beton is
+            not the one that was trained on.
     """
     folder = Path(path)
     if not (folder / "config.yaml").is_file():
@@ -151,6 +153,7 @@ def open_run(path: str | Path, *, checkpoint: str = "last", device: str = "auto"
     config = parse(TrainConfig, ["--config", str(folder / "config.yaml")])
     file = _checkpoint_file(folder, checkpoint)
     state = load_checkpoint(file)
+    _check_own(state, config, file, folder)
     train, val = Beton.open(config.data.train), Beton.open(config.data.val)
     view = make_view(train, view_options(config.data))
     _check_data(config.data, state["data"], {"train": train, "val": val}, view)
@@ -184,6 +187,14 @@ def _checkpoint_file(folder: Path, checkpoint: str) -> Path:
     if not found:
         raise UserError(f"{folder / 'checkpoints'} holds no checkpoint; expected the last one of the run")
     return found[-1]
+
+
+def _check_own(state: dict[str, Any], config: TrainConfig, file: Path, folder: Path) -> None:
+    """Refuse another run's checkpoint: seed, λ and members would be told as the folder's settings have them."""
+    try:
+        check_same_run(state, dataclasses.asdict(config), {})
+    except UserError as error:
+        raise UserError(f"{file} is no checkpoint of the run {folder}: {error}") from error
 
 
 def _check_data(data: DataConfig, trained: dict[str, str], files: dict[str, Beton], view: View) -> None:

@@ -87,7 +87,8 @@ def table(caption: str, columns: Sequence[tuple[str, str]], rows: Sequence[Seque
 def _cell(cell: str | Cell, first: bool) -> Html:
     if isinstance(cell, str):
         cell = Cell(cell)
-    order = None if cell.order is None else f"{cell.order:.10g}"
+    # As JavaScript reads it: what is missing lies below all numbers, and "-inf" would be no number there.
+    order = None if cell.order is None else f"{cell.order:.10g}".replace("inf", "Infinity")
     kind = {"class_": None if cell.order is None else "number", "data_v": order}
     return element("th", cell.text, scope="row", **kind) if first else element("td", cell.text, **kind)
 

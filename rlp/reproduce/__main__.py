@@ -51,6 +51,8 @@ def reproduce(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
     from rlp.reproduce.table import as_json, as_markdown, summary_lines
     from rlp.reproduce.verdict import judge
 
+    if len(set(arguments.seeds)) < len(arguments.seeds):  # one network counted twice has no spread
+        raise UserError(f"--seeds is {' '.join(map(str, arguments.seeds))!r}; expected each seed once")
     finding, size = load_finding(arguments.name), load_size(arguments.size)
     out = Path(arguments.out or Path("runs") / "paper" / finding.name)
     study = studies.Study(finding, size, tuple(arguments.seeds), arguments.draws, out, _data(arguments))

@@ -172,8 +172,8 @@ def _options(study: Study, variant: str, seed: int, point: Point, protocol: str,
 def _is_probed(folder: Path, options: ProbeOptions) -> bool:
     """Whether the folder holds a reading with these options; where the files lie does not matter."""
     try:
-        before = json.loads((folder / "probe.json").read_text(encoding="utf-8"))["options"]
-    except (OSError, ValueError, KeyError):
+        before = dict(json.loads((folder / "probe.json").read_text(encoding="utf-8"))["options"])
+    except (OSError, ValueError, KeyError, TypeError):
         return False
     wanted = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(options).items()}
     places = ("out", "checkpoint", "device")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rlp.measure.estimate import Estimate, delta_estimate, mean_estimate
+from rlp.measure.estimate import Estimate, delta_estimate, mean_estimate, without_single_draw
 from rlp.reproduce.finding import Contrast, Selection
 from rlp.reproduce.readings import (
     FRESH,
@@ -185,7 +185,7 @@ def _weighted(parts: Sequence[np.ndarray]) -> np.ndarray:
 
 def _estimate(sums: Sequence[tuple[np.ndarray, np.ndarray | None]], quantity: str) -> Estimate:
     if quantity == "κ":
-        return mean_estimate([members for members, _ in sums])
+        return without_single_draw(mean_estimate([members for members, _ in sums]))
     # delta_estimate turns shares into κ, which for two labels doubles them; these are κ already
     halves = [(members / 2, others / 2) for members, others in sums if others is not None]
     return delta_estimate([members for members, _ in halves], [others for _, others in halves], 2)

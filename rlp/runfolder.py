@@ -32,6 +32,7 @@ _EFFECTS = {
     "train.epochs": "the learning rates to come",
     "heads.impl": "the rounding of the heads' losses",
     "heads.memory_mb": "the rounding of the heads' losses",
+    "run.log_every": "how often λ follows heads.target_kappa",
 }
 _FREE_KEYS = {f"data.{key}" for key in ("train", "val", "loader", "workers", "resident_limit_gb", "verify")}
 _FREE_KEYS |= {"data.eval_batch_size", "data.label_file"}  # the labels themselves are compared
@@ -158,13 +159,15 @@ def check_same_run(state: dict[str, Any], config: dict[str, Any], data: dict[str
         What differs all the same and changes the result, a sentence each.
     """
     remarks = []
+    adapts = config.get("heads", {}).get("target_kappa") is not None  # then a log window is more than a row
     # A run that is older than a key did what the key's default does.
     defaults = {name: entry.default for name, entry in keys_by_path(TrainConfig).items() if not entry.required}
     for section, keys in config.items():
         for key, value in keys.items():
             name = f"{section}.{key}"
             before = state["config"].get(section, {}).get(key, defaults.get(name))
-            if before == value or (section == "run" and key != "seed"):
+            free = section == "run" and key != "seed" and not (key == "log_every" and adapts)
+            if before == value or free:
                 continue
             if name not in _FREE_KEYS | _EFFECTS.keys():
                 raise UserError(f"{name} is {value!r}, but the run to resume has {before!r}; expected the same value")

@@ -145,6 +145,16 @@ def test_a_run_older_than_a_key_goes_on_with_its_default():
         check_same_run(saved, {**newer, "heads": {"kind": "copied"}}, {"train": "abc"})
 
 
+def test_log_windows_of_another_length_are_said_where_lambda_follows_them():
+    saved = state(1)
+    saved["config"] |= {"heads": {"target_kappa": 0.1}, "run": {"seed": 0, "log_every": 50}}
+    later = {**saved["config"], "run": {"seed": 0, "log_every": 10}}
+    (remark,) = check_same_run(saved, later, {"train": "abc"})
+    assert "run.log_every was 50 and is 10" in remark
+    saved["config"]["heads"] = later["heads"] = {"target_kappa": None}
+    assert check_same_run(saved, later, {"train": "abc"}) == []
+
+
 def test_another_experiment_is_not_gone_on_with():
     saved = state(1)
     longer = {"train": {"lr": 0.1, "epochs": 9}, "run": {"seed": 0, "dir": "b"}}

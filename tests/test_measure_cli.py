@@ -7,6 +7,7 @@ import sys
 
 from probed_run import tiny_finished_run
 import pytest
+import torch
 
 from rlp.measure import __main__ as cli
 from rlp.measure import table
@@ -98,6 +99,25 @@ def test_a_full_disk_is_a_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     with pytest.raises(SystemExit):
         main(["probe", "--run", "x"])
     assert "error: probe failed: [Errno 28] No space left on device" in capsys.readouterr().err
+
+
+def test_too_little_memory_is_a_sentence_and_other_faults_are_not_hidden(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def greedy(*_: object) -> None:
+        torch.empty(2**55)
+
+    monkeypatch.setattr(cli, "run_probe", greedy)
+    with pytest.raises(SystemExit):
+        main(["probe", "--run", "x"])
+    assert "error: probe needs more memory: " in capsys.readouterr().err
+
+    def wrong(*_: object) -> None:
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(cli, "run_probe", wrong)
+    with pytest.raises(RuntimeError, match="a fault"):
+        main(["probe", "--run", "x"])
 
 
 def test_help_names_every_option() -> None:

@@ -16,16 +16,22 @@ from fake_run import epoch_row, fake_summary, write_fake_run
 import pytest
 from tiny_run import tiny_config, write_tiny_sets
 
+from rlp.data.beton import Beton
+from rlp.data.loader import open_loader
+from rlp.data.view import ViewOptions, make_view
+from rlp.distributed import World
 from rlp.errors import UserError
+from rlp.report.figures import write_figures
 from rlp.report.page import write_page
 from rlp.report.page_estimates import primary, shown
 from rlp.report.page_gallery import data_url
 from rlp.report.page_header import verdict
-from rlp.report.page_html import element
+from rlp.report.page_html import element, number_cell, table
 from rlp.report.page_scores import COLUMNS
 from rlp.report.page_svg import inline_svg, page_style, panel
 from rlp.report.page_table import COLUMNS as READING_COLUMNS
 from rlp.runlog import METRICS, write_summary
+from train_rlp import train
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("pyarrow")
@@ -108,10 +114,6 @@ def made_up(folder: Path, seed: int = 0, taps: list[str] = TAPS, draws: int = 4)
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real run of seconds, with made-up measurements."""
-    sys.path.insert(0, str(ROOT))
-    from rlp.distributed import World
-    from train_rlp import train
-
     folder = tmp_path_factory.mktemp("trained")
     write_tiny_sets(folder)
     train(tiny_config(folder), World())
@@ -219,6 +221,48 @@ def test_hostile_names_stay_text(trained: Path, tmp_path: Path) -> None:
     page = page_of(run)
     assert len(page.named("script")) == 1
     assert HOSTILE in page.text
+
+
+def test_dollar_signs_in_names_are_no_mathematics(tmp_path: Path) -> None:
+    """Names of folders and of modules stand in figures."""
+    taps = ["$\\x$", "a$b"]
+    runs = [made_up(tmp_path / name, taps=taps) for name in ("$\\x$", "lr$1")]
+    for run in runs:
+        write_fake_probe(run, taps, labels=(10,))
+        write_fake_scores(run, taps, members=20, others=20, classes=2)
+    page = page_of(*runs, out=tmp_path / "page.html")
+    assert "n = 10: κ, $\\x$" in page.text
+    write_figures(runs[0])
+
+
+def test_a_missing_number_is_one_that_scripts_can_sort_by() -> None:
+    """JavaScript's Number("-inf") is none, and a table with it would come out in no order."""
+    cells = table("t", [("a", ""), ("b", "")], [["x", number_cell(None)], ["y", number_cell(-2.5)]], sort=True)
+    assert re.findall('data-v="([^"]*)"', cells) == ["-Infinity", "-2.5"]
+
+
+def test_draws_that_change_at_restarts_are_counted_by_epoch(tmp_path: Path) -> None:
+    run = made_up(tmp_path / "run")
+    rows = [json.loads(line) for line in (run / METRICS).read_text("utf-8").splitlines()]
+    for row in rows:
+        for head in row.get("heads", []):
+            head["draw"] += 4 * row["epoch"]
+    (run / METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    assert "line: mean over 4 draws" in page_of(run).text
+
+
+def test_the_gallery_shows_what_the_network_saw_of_canaries(tmp_path: Path) -> None:
+    write_tiny_sets(tmp_path)
+    config = tiny_config(tmp_path, data__canary_noise=0.3, data__canary_duplicates=0.3, train__epochs=1)
+    train(config, World())
+    write_fake_scores(tmp_path / "run", TAPS, members=100, others=37, classes=4)
+    images = [image["src"] for image in page_of(tmp_path / "run").named("img")]
+    options = ViewOptions(canary_noise=0.3, canary_duplicates=0.3)
+    seen = next(open_loader(config.data.train, train=False, batch_size=100, seed=0, world=World(), view=options).epoch(0))
+    pixels = seen.image.permute(0, 2, 3, 1).contiguous().numpy()
+    assert images == [data_url(pixels[row])[0] for row in [*range(12), *range(99, 87, -1)]]
+    kinds = make_view(Beton.open(config.data.train), options).planted
+    assert {"noise", "duplicate"} <= {str(kinds[row]) for row in [*range(12), *range(88, 100)]}
 
 
 def test_element_escapes_all_but_markup() -> None:

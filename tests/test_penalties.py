@@ -184,6 +184,21 @@ def test_degrees_of_freedom_have_the_bounds_and_invariances_of_a_fit():
     assert degrees_of_freedom(line, 0.1).item() == pytest.approx(8 / 8.1 / 30)
 
 
+@pytest.mark.parametrize(("dim", "rho"), [(512, 0.1), (4096, 1e-4), (65536, 1e-3)])
+def test_degrees_of_freedom_of_features_that_nearly_lie_on_a_line(dim, rho):
+    """The Gram matrix's condition is D / ρ, up to 10^8 here: float32 features, but not a float32 factorisation."""
+    random = torch.Generator().manual_seed(0)
+    line = torch.randn(64, 1, generator=random) @ torch.randn(1, dim, generator=random)
+    x = (line + 1e-3 * torch.randn(64, dim, generator=random)).requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    value, wanted = degrees_of_freedom(x, rho), degrees_of_freedom(exact, rho)
+    assert value.dtype == torch.float32
+    assert 0 < value.item() <= 63 / 64
+    torch.testing.assert_close(value.double(), wanted, rtol=1e-4, atol=0)
+    (gradient,), (true,) = torch.autograd.grad(value, x), torch.autograd.grad(wanted, exact)
+    assert (gradient.double() - true).norm() < 1e-4 * true.norm()
+
+
 def test_shrinking_all_features_is_no_progress():
     """The gradient has no part along the features themselves."""
     x = features(30, 8).requires_grad_()

@@ -93,6 +93,21 @@ def test_other_settings_of_training_are_named(tmp_path: Path) -> None:
         pool(runs)
 
 
+def test_a_probe_from_before_the_run_went_on_is_refused(tmp_path: Path) -> None:
+    run = probed(tmp_path / "0", 0, checkpoint="last")
+    write_summary(run, {"schema": 1, "config": {"run": {"seed": 0}}, "steps": 9})
+    with pytest.raises(UserError, match="was probed at step None and has gone on to step 9; probe it again"):
+        pool([run])
+
+
+def test_a_file_that_was_written_anew_between_the_runs_is_refused(tmp_path: Path) -> None:
+    runs = [probed(tmp_path / str(seed), seed) for seed in (0, 1)]
+    for seed, run in enumerate(runs):
+        write_summary(run, {"schema": 1, "config": {"run": {"seed": seed}}, "data": {"train": {"sha256": f"h{seed}"}}})
+    with pytest.raises(UserError, match="train file's sha256 of the run is 'h1'"):
+        pool(runs)
+
+
 def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [str(probed(tmp_path / str(seed), seed)) for seed in (3, 4)]
     assert main(["pool", *runs, "--out", str(tmp_path / "rows.json")]) == 0

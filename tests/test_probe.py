@@ -5,6 +5,7 @@ from dataclasses import replace
 import json
 from pathlib import Path
 import shutil
+import sys
 from typing import Any
 
 import numpy as np
@@ -93,6 +94,15 @@ def test_what_is_no_finished_run_is_refused(run_dir: Path, tmp_path: Path) -> No
     (copy / "summary.json").unlink()
     with pytest.raises(UserError, match="written when the run ends"):
         open_run(copy)
+
+
+def test_the_checkpoint_of_another_run_is_refused(run_dir: Path, tmp_path: Path) -> None:
+    """It fits the network and the data; what was read would be told as this run's seed."""
+    state = torch.load(run_dir / "checkpoints" / "best.pt", weights_only=True)
+    state["config"]["run"]["seed"] += 1
+    torch.save(state, tmp_path / "other.pt")
+    with pytest.raises(UserError, match=r"other\.pt is no checkpoint of the run .*run\.seed"):
+        open_run(run_dir, checkpoint=str(tmp_path / "other.pt"))
 
 
 def test_the_best_checkpoint_can_be_opened(run_dir: Path) -> None:
@@ -193,7 +203,12 @@ def test_a_torn_or_damaged_cache_is_taken_again(run: Run, tmp_path: Path) -> Non
     first = extract(run, "members", cache=tmp_path)
     (place,) = tmp_path.iterdir()
     (tmp_path / ".0.999999999.tmp").mkdir()  # of a process that was killed
-    for damage in (lambda: (place / "meta.json").unlink(), lambda: (place / "0.npy").write_bytes(b"\x93NUMPY")):
+    for damage in (
+        lambda: (place / "meta.json").unlink(),
+        lambda: (place / "meta.json").write_text("[]"),
+        lambda: (place / "0.npy").write_bytes(b"\x93NUMPY"),
+        lambda: (place / "0.npy").write_bytes(b""),
+    ):
         damage()
         assert torch.equal(extract(run, "members", cache=tmp_path).logits, first.logits)
     assert [path.name for path in tmp_path.iterdir()] == [place.name]
@@ -481,6 +496,39 @@ def test_scores_have_each_sample_once_a_condition(probed, run_dir: Path) -> None
 def test_options_that_make_no_sense_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         ProbeOptions(**changes)
+
+
+QUICK = ProbeOptions(n=(2,), draws=2, taps=("block1",), protocols=("converged",), samples=20)
+
+
+def test_a_probe_that_is_not_written_whole_leaves_no_older_one(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else ``probe.json`` of the first would be read with the readings of the second."""
+    probe(run_dir, dataclasses.replace(QUICK, out=str(tmp_path)))
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys.modules["rlp.measure.probe"], "save_scores", full)
+    with pytest.raises(OSError, match="No space"):
+        probe(run_dir, dataclasses.replace(QUICK, out=str(tmp_path), draws=3))
+    assert not (tmp_path / "probe.json").exists()
+
+
+def test_a_place_that_cannot_be_written_is_found_before_the_work(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(*_: object) -> None:
+        raise AssertionError("worked")
+
+    monkeypatch.setattr(sys.modules["rlp.measure.probe"], "_probe_mode", work)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="File exists"):
+        probe(run_dir, dataclasses.replace(QUICK, out=str(tmp_path / "file")))
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(UserError, match="cannot be written"):
+        probe(run_dir, dataclasses.replace(QUICK, out=str(tmp_path / "folder")))
 
 
 def test_one_draw_has_no_interval_and_other_settings_work(run_dir: Path, tmp_path: Path) -> None:

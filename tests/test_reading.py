@@ -1,5 +1,6 @@
 """Readings sample by sample: written and read back whole, and refused in one sentence."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,6 +50,16 @@ def test_shares_of_a_budget_come_back_as_they_are(tmp_path: Path) -> None:
 def test_shapes_must_fit() -> None:
     with pytest.raises(ValueError, match="draws by samples"):
         replace(made(2, 5), ids=np.arange(4))
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda b: b"", lambda b: b[:-200], lambda b: b.replace(b"\x93NUMPY", b"\x93NUMPX", 2)]
+)
+def test_damaged_readings_are_a_sentence(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    path = save_readings(tmp_path / "readings.npz", [made(2, 5)])
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match="holds no readings"):
+        load_readings(path)
 
 
 def test_no_readings_are_a_sentence(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Findings: files read strictly, contrasts judged on planted readings, one small finding from command to verdict."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,7 @@ def test_the_good_file_is_read(tmp_path: Path) -> None:
         (["dephts"], "finding is 'dephts'; did you mean depth?"),
         ([], "no finding is named; expected one of"),
         (["depth", "--data.train", "x.beton"], "--data.val is missing"),
+        (["depth", "--seeds", "0", "1", "0"], "--seeds is '0 1 0'; expected each seed once"),
         (["depth", "--size", "cifar10"], "needs --data.train FILE and --data.val FILE"),
     ],
 )
@@ -231,6 +233,21 @@ def test_a_rise_of_members_alone_is_a_rise_of_delta(monkeypatch: pytest.MonkeyPa
     found = judged_by(a_study(a_contrast("falls")))
     assert found[FRESH[0], "Δ"].estimate.mean == pytest.approx(0.4 / 0.9, abs=0.06)
     assert {each.verdict for each in found.values()} == {verdict.OPPOSITE}
+
+
+def test_one_draw_of_one_network_has_no_interval_and_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    planted(monkeypatch, LEVELS, LEVELS, lambda variant: 400)
+    whole = verdict.fresh_values
+
+    def one_draw(*arguments: Any, **named: Any) -> Values:
+        values = whole(*arguments, **named)
+        return dataclasses.replace(values, members=values.members[:1], others=values.others[:1])  # type: ignore[index]
+
+    monkeypatch.setattr(verdict, "fresh_values", one_draw)
+    found = judged_by(a_study(a_contrast("rises"), seeds=(0,), draws=1))
+    for quantity in ("κ", "Δ"):
+        assert found[FRESH[0], quantity].estimate.low is None
+        assert found[FRESH[0], quantity].verdict == verdict.UNDECIDED
 
 
 def test_a_claim_about_chance_is_not_judged_by_delta(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -180,7 +180,7 @@ def draw_kappa_curves(axes: "Axes", epochs: list[Row], mode: str) -> None:
         kappas = [reading.kappas for _, reading in points]
         means = [draw_interval(values).mean for values in kappas]
         axes.fill_between(when, list(map(min, kappas)), list(map(max, kappas)), color=colour, alpha=0.2, linewidth=0)
-        axes.plot(when, means, color=colour, label=tap, **curve_markers(len(points), "o"))
+        axes.plot(when, means, color=colour, label=literal(tap), **curve_markers(len(points), "o"))
     axes.axhline(0, color=GREY, linewidth=1)
     axes.set_title(f"κ of random labels ({mode}); band: all draws", fontsize=10)
 
@@ -236,9 +236,14 @@ def _draw_floors(axes: "Axes", kind: list[Reading], place: dict[str, int]) -> No
 def draw_tap_axis(axes: "Axes", taps: list[str]) -> None:
     """Taps across, from input to output; names that would run into each other are turned."""
     crowded = max(map(len, taps)) * len(taps) > 60
-    axes.set_xticks(range(len(taps)), taps, rotation=35 if crowded else 0, ha="right" if crowded else "center")
+    axes.set_xticks(range(len(taps)), list(map(literal, taps)), rotation=35 if crowded else 0, ha="right" if crowded else "center")
     axes.set_xlim(-0.6, len(taps) - 0.4)
     axes.set_xlabel("tap, from input to output")
+
+
+def literal(text: str) -> str:
+    """A name as Matplotlib shows it letter by letter: between two dollar signs it would read mathematics."""
+    return text.replace("$", r"\$")
 
 
 def depth_colours(count: int) -> Iterable[Any]:

@@ -1,12 +1,15 @@
 """The training images that fresh heads know best and least, out of the .beton."""
 
 from base64 import b64encode
+from dataclasses import fields
 import io
 from pathlib import Path
 
 import numpy as np
 
 from rlp.data.beton import Beton
+from rlp.data.canaries import Canaries, noise_images
+from rlp.data.view import ViewOptions, make_view
 from rlp.errors import UserError
 from rlp.report.page_estimates import signed
 from rlp.report.page_html import Html, element, join, note
@@ -36,6 +39,7 @@ def _of_run(run: ReportRun, one: Scores, each: int) -> Html:
         return note("The table of scores has no members of the training file.")
     try:
         beton = _open(run)
+        canaries = _canaries(run, beton)
     except UserError as error:
         return note(f"The images cannot be shown: {error}.")
     inside = (one.columns["index"][rows] >= beton.card.first_sample) & (
@@ -56,9 +60,9 @@ def _of_run(run: ReportRun, one: Scores, each: int) -> Html:
     return join([
         element("p", text) if enough else note(text),
         element("h4", f"The {each} best known"),
-        _grid(order[:each], 1, one, beton),
+        _grid(order[:each], 1, one, beton, canaries),
         element("h4", f"The {each} least known"),
-        _grid(order[::-1][:each], len(order), one, beton),
+        _grid(order[::-1][:each], len(order), one, beton, canaries),
     ])  # fmt: skip
 
 
@@ -74,13 +78,28 @@ def _open(run: ReportRun) -> Beton:
     return beton
 
 
-def _grid(rows: np.ndarray, first_rank: int, one: Scores, beton: Beton) -> Html:
+def _canaries(run: ReportRun, beton: Beton) -> Canaries | None:
+    """What the run planted; given labels, which have no say in the images, are left as the file has them."""
+    names = {field.name for field in fields(ViewOptions)} - {"label_noise", "label_file", "label_key"}
+    settings = {name: value for name, value in run.config["data"].items() if name in names}
+    return make_view(beton, ViewOptions(**settings)).canaries
+
+
+def _shown(beton: Beton, canaries: Canaries | None, row: int) -> np.ndarray:
+    """The image that the network saw of a row: its own, its original's, or noise."""
+    if canaries is None:
+        return beton.image(row)
+    image = beton.image(int(canaries.shown[row]))
+    return noise_images(beton.card, beton.index[[row]], *image.shape[:2])[0] if canaries.is_noise[row] else image
+
+
+def _grid(rows: np.ndarray, first_rank: int, one: Scores, beton: Beton, canaries: Canaries | None) -> Html:
     step = 1 if first_rank == 1 else -1
-    cells = [_cell(int(row), first_rank + step * place, one, beton) for place, row in enumerate(rows)]
+    cells = [_cell(int(row), first_rank + step * place, one, beton, canaries) for place, row in enumerate(rows)]
     return element("ol", *cells, class_="gallery")
 
 
-def _cell(row: int, rank: int, one: Scores, beton: Beton) -> Html:
+def _cell(row: int, rank: int, one: Scores, beton: Beton, canaries: Canaries | None) -> Html:
     sample, score = int(one.columns["index"][row]), float(one.columns["log_p"][row])
     given, true = (_class(beton, int(one.columns[key][row])) for key in ("given", "true"))
     wrong = bool(one.columns["noisy"][row])
@@ -89,7 +108,7 @@ def _cell(row: int, rank: int, one: Scores, beton: Beton) -> Html:
     words += [element("span", f"planted: {planted}", class_="muted")] if planted else []
     words.append(element("span", f"#{sample} · {signed(score, 2)} · rank {rank:,}", class_="muted"))
     try:
-        image = beton.image(sample - beton.card.first_sample)
+        image = _shown(beton, canaries, sample - beton.card.first_sample)
     except UserError as error:
         return element("li", element("span", str(error)), *words)
     source, small = data_url(image)

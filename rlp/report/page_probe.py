@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rlp.report.figures import draw_tap_axis
+from rlp.report.figures import draw_tap_axis, literal
 from rlp.report.page_curves import run_legend
 from rlp.report.page_estimates import GROUPS, condition, counted, ends_of, mean_of, shown, signed, span
 from rlp.report.page_header import verdict
@@ -248,5 +248,5 @@ def _finish(axes: "Axes", taps: list[str], title: str, label: str) -> None:
     axes.axhline(0, color=GREY, linewidth=0.9)
     draw_tap_axis(axes, taps)
     axes.set_ylabel(label)
-    axes.set_title(title, fontsize=9.5)
+    axes.set_title(literal(title), fontsize=9.5)
     axes.grid(axis="y", alpha=0.3)

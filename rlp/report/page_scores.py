@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from rlp.errors import UserError
+from rlp.report.figures import literal
 from rlp.report.page_estimates import signed
 from rlp.report.page_html import Html, code, element, join, note, tabs
 from rlp.report.page_run import SCORES, ReportRun, probe_command
@@ -213,7 +214,7 @@ def _panel(run: ReportRun, one: Scores, edges: np.ndarray, name: str, named: boo
         axes.stairs(heights, edges, color=colour, linestyle=style, linewidth=1.3)
     axes.axvline(-math.log(one.n), color=GREY, linestyle=(0, (3, 2)), linewidth=1)
     title = f"{one.tap}, n = {one.n}" + (f", {run.name}" if named else "")
-    axes.set_title(title, fontsize=9.5)
+    axes.set_title(literal(title), fontsize=9.5)
     axes.set_xlabel("mean log p of the random label")
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)

@@ -9,9 +9,9 @@ from rlp.errors import UserError
 from rlp.measure.baselines.interface import Finding, Findings, Measure, SampleScore, Subject
 
 MEASURES: dict[str, str] = {
-    "knn": "DNN or k-NN: whether the network answers as its nearest training samples would, by depth (Cohen et al. 2018)",
-    "nmf": "non-negative rank of ReLU activations: accuracy left after low-rank factors take their place (Collins et al. 2018)",
-    "permutation": "shared structure: whether features let a shallow classifier learn shuffled labels (Chaibub Neto 2018)",
+    "knn": "DNN or k-NN: whether the network answers as its nearest training samples would (Cohen et al. 2018)",
+    "nmf": "non-negative rank of ReLU activations, by the accuracy that low ranks leave (Collins et al. 2018)",
+    "permutation": "shared structure: what a shallow classifier learns of shuffled labels (Chaibub Neto 2018)",
     "depth": "prediction depth: first layer from which k-NN probes agree with the network (Baldock et al. 2021)",
     "feldman_zhang": "chance of being right with and without the sample in the training set (Feldman and Zhang 2020)",
     "dynamics": "EL2N, GraNd, forgetting events and AUM over retrained copies of the run",

@@ -17,7 +17,8 @@ MEASURES: dict[str, str] = {
     "dynamics": "EL2N, GraNd, forgetting events and AUM over retrained copies of the run",
     "adversarial": "critical sample ratio: share with another class within a small box (Arpit et al. 2017)",
     "lira": "membership inference by likelihood ratio against shadow models (Carlini et al. 2022)",
-    "rlp": "fresh random-label heads: mean log p of the random label over draws (ours)",
+    "random_labels": "fresh random-label heads: how well they know the random labels of a sample (arXiv 2607.11541)",
+    "loss": "the network's own loss on the given label: the plain score to beat",
 }
 """Name of each measure, and what it claims, in a line."""
 

@@ -258,7 +258,8 @@ def test_the_gallery_shows_what_the_network_saw_of_canaries(tmp_path: Path) -> N
     write_fake_scores(tmp_path / "run", TAPS, members=100, others=37, classes=4)
     images = [image["src"] for image in page_of(tmp_path / "run").named("img")]
     options = ViewOptions(canary_noise=0.3, canary_duplicates=0.3)
-    seen = next(open_loader(config.data.train, train=False, batch_size=100, seed=0, world=World(), view=options).epoch(0))
+    loader = open_loader(config.data.train, train=False, batch_size=100, seed=0, world=World(), view=options)
+    seen = next(loader.epoch(0))
     pixels = seen.image.permute(0, 2, 3, 1).contiguous().numpy()
     assert images == [data_url(pixels[row])[0] for row in [*range(12), *range(99, 87, -1)]]
     kinds = make_view(Beton.open(config.data.train), options).planted

@@ -236,7 +236,8 @@ def _draw_floors(axes: "Axes", kind: list[Reading], place: dict[str, int]) -> No
 def draw_tap_axis(axes: "Axes", taps: list[str]) -> None:
     """Taps across, from input to output; names that would run into each other are turned."""
     crowded = max(map(len, taps)) * len(taps) > 60
-    axes.set_xticks(range(len(taps)), list(map(literal, taps)), rotation=35 if crowded else 0, ha="right" if crowded else "center")
+    look: Any = {"rotation": 35, "ha": "right"} if crowded else {"rotation": 0, "ha": "center"}
+    axes.set_xticks(range(len(taps)), list(map(literal, taps)), **look)
     axes.set_xlim(-0.6, len(taps) - 0.4)
     axes.set_xlabel("tap, from input to output")
 

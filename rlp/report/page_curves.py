@@ -57,9 +57,10 @@ def _of_run(run: ReportRun, name: str) -> Html:
     draws = [len({row["draw"] for row in epoch.get("heads") or []}) for epoch in run.epochs]
     chance = ", ".join(f"{1 / count:.3g}" for count in sorted({row["num_labels"] for row in heads}))
     caption = (
-        f"κ of the heads that were trained beside the network; line: mean over "
-        f"{span([count for count in draws if count])} draws, band: lowest to highest draw. n = {n}, chance = accuracy {chance} = κ 0, N = "
-        f"{span([int(row['count']) for row in heads])}, D = {span([row['dim'] for row in heads])}. {_controls(run)}"
+        "κ of the heads that were trained beside the network; line: mean over "
+        f"{span([count for count in draws if count])} draws, band: lowest to highest draw. "
+        f"n = {n}, chance = accuracy {chance} = κ 0, N = {span([int(row['count']) for row in heads])}, "
+        f"D = {span([row['dim'] for row in heads])}. {_controls(run)}"
     )
     parts += [
         depth_legend(taps),

@@ -284,15 +284,19 @@ def test_auroc_counts_pairs_and_ties_half() -> None:
     assert auroc_estimate(-score, planted).mean == pytest.approx(1 - expected)
 
 
-@pytest.mark.parametrize(("planted", "shift"), [(8, 0.0), (20, 1.0), (50, 2.0)])
-def test_auroc_is_covered(planted: int, shift: float) -> None:
+@pytest.mark.parametrize(
+    ("planted", "shift", "most"),
+    [(8, 0.0, 0.995), (20, 1.0, 0.995), (50, 2.0, 0.995), (5, 2.0, 1.0), (10, 3.0, 1.0)],
+)
+def test_auroc_is_covered(planted: int, shift: float, most: float) -> None:
+    """Few that are far above the rest too, where resamples alone reach too little towards 1/2."""
     truth = 0.5 * (1 + math.erf(shift / 2))  # of two normal distributions
 
     def make(random: Random) -> Estimate:
         score = np.concatenate([random.standard_normal(planted) + shift, random.standard_normal(150)])
         return auroc_estimate(score, np.arange(len(score)) < planted, resamples=200)
 
-    assert 0.885 <= coverage(make, truth) <= 0.995
+    assert 0.885 <= coverage(make, truth) <= most
 
 
 def test_auroc_of_groups_apart_is_not_certain() -> None:

@@ -46,7 +46,7 @@ KEEPERS = {
     "fastargs": ("rlp.config",),
     "timm": ("rlp.models.backbone",),
     "torchvision": ("rlp.models.backbone", "benchmarks"),
-    "matplotlib": ("rlp.report", "rlp.reproduce.figure", "benchmarks"),
+    "matplotlib": ("rlp.report", "rlp.reproduce.figure", "rlp.measure.compare_figure", "scripts", "benchmarks"),
     "tensorboard": ("rlp.runlog",),
     "cv2": ("benchmarks",),
     "pyarrow": ("data_prep.parquet", "rlp.measure.scores", "rlp.report.page_scores"),

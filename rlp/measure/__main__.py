@@ -1,7 +1,8 @@
 """The calibrated measurement: python -m rlp.measure SUBCOMMAND.
 
 probe reads a finished run with fresh heads on fresh random labels, beside every control; pool joins the probes of runs
-that differ in their seed; crossover trains two networks on complementary halves and compares each sample with itself.
+that differ in their seed; crossover trains two networks on complementary halves and compares each sample with itself;
+compare sets the field's other measures beside ours.
 Exit status: 0; 2 for a user's mistake; 130 after Ctrl-C.
 """
 
@@ -19,6 +20,7 @@ import torch
 from rlp.errors import UserError, exit_on_user_error
 from rlp.files import write_atomically
 from rlp.measure import pooling
+from rlp.measure.compare_command import add_compare
 from rlp.measure.crossover import add_crossover
 from rlp.measure.pooled_table import pooled_table
 from rlp.measure.preprocess import FEATURES
@@ -108,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_probe(commands.add_parser("probe", help=about, description=about))
     _add_pool(commands)
     add_crossover(commands)
+    add_compare(commands)
     return parser
 
 

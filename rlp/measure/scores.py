@@ -1,6 +1,6 @@
 """The table of samples: how well fresh heads knew the random labels of each; Parquet and CSV."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 import io
 from pathlib import Path
@@ -110,6 +110,36 @@ def _columns(part: SampleScores, names: np.ndarray) -> dict[str, Any]:
     }
     assert list(columns) == list(COLUMNS)
     return columns
+
+
+def samples_table(groups: Sequence[tuple[FeatureSet, Mapping[str, np.ndarray]]], classes: Sequence[str]) -> Any:
+    """One row a sample, one column a score, as a ``pyarrow.Table``: what is known of samples, then the scores.
+
+    Args:
+        groups: samples, and scores of them by name, float ``[N]``; a score that a group lacks is null there, and so is
+            one that is NaN.
+        classes: names of the classes.
+    """
+    import pyarrow as pa
+
+    names = np.array(classes, dtype=object)
+    scores = list(dict.fromkeys(name for _, columns in groups for name in columns))
+    tables = []
+    for samples, columns in groups:
+        missing = np.full(len(samples), np.nan)
+        known = {
+            "index": samples.ids,
+            "split": pa.array([samples.split] * len(samples), pa.string()),
+            "group": pa.array([samples.group] * len(samples), pa.string()),
+            "class": pa.array(names[samples.given].tolist(), pa.string()),
+            "given": samples.given,
+            "true": samples.true,
+            "noisy": samples.given != samples.true,
+            "planted": pa.array(samples.planted.tolist(), pa.string()),
+        }
+        found = {name: pa.array(columns.get(name, missing).astype(np.float64), from_pandas=True) for name in scores}
+        tables.append(pa.table(known | found))
+    return pa.concat_tables(tables).combine_chunks()
 
 
 def save_scores(folder: Path, table: Any) -> list[Path]:

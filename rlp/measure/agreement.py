@@ -1,0 +1,230 @@
+"""How well scores agree, with each other and with planted truth: rank correlations, their bootstrap, granulated τ.
+
+Correlations of samples are taken within a run and then averaged over runs: networks of different width are never
+pooled. Granulated τ is that of Jiang et al. (2020), "Fantastic generalization measures": runs are compared in pairs
+that differ in one hyperparameter alone, since an average over all pairs hides where a measure fails.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from rlp.measure.estimate import Estimate
+from rlp.seeding import named_seed
+
+RESAMPLES = 200
+MOST = 2000
+"""Samples of a run that rank correlations are taken over, drawn at random where there are more."""
+
+Row = dict[str, Any]
+Columns = Mapping[str, np.ndarray]
+Statistic = Callable[[np.ndarray, np.ndarray], float]
+
+
+def kendall(a: np.ndarray, b: np.ndarray) -> float:
+    """Kendall's τ-b of two scores, float ``[N]``; NaN where one of them is constant."""
+    from scipy.stats import kendalltau
+
+    return float(kendalltau(a, b)[0])  # type: ignore[arg-type]
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's ρ: the correlation of the ranks, ties counting as their mean; NaN where one is constant."""
+    return _pearson(_ranks(a), _ranks(b))
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    from scipy.stats import rankdata
+
+    return rankdata(values)
+
+
+def _pearson(a: np.ndarray, b: np.ndarray) -> float:
+    a, b = a - a.mean(), b - b.mean()
+    length = np.sqrt((a @ a) * (b @ b))
+    return float(a @ b / length) if length > 0 else float("nan")
+
+
+def agreement_rows(runs: Sequence[Columns], seed: int = 0) -> list[Row]:
+    """τ and ρ of every pair of scores that all runs have, mean over runs.
+
+    Args:
+        runs: scores of the members of each run by name, float ``[N]``; samples without one of the two are left out.
+        seed: of the resamples and of the choice of samples.
+
+    Returns:
+        rows of ``a``, ``b``, ``kendall``, ``spearman`` (as :class:`Estimate` has them, or None), ``N``, ``runs``. The
+        intervals are percentiles of the bootstrap over runs and, within each, over samples.
+    """
+    names = [name for name in runs[0] if all(name in columns for columns in runs)]
+    chosen = [_some(columns, named_seed(seed, f"agreement {number}")) for number, columns in enumerate(runs)]
+    rows = []
+    for a, b in combinations(names, 2):
+        pairs = [_finite(columns[a], columns[b]) for columns in chosen]
+        found: dict[str, Statistic] = {"kendall": kendall, "spearman": spearman}
+        estimates = {name: over_runs(statistic, pairs, seed) for name, statistic in found.items()}
+        shown = {name: estimate and estimate.as_dict() for name, estimate in estimates.items()}
+        rows.append({"a": a, "b": b, **shown, "N": min(len(pair[0]) for pair in pairs), "runs": len(runs)})
+    return rows
+
+
+def _some(columns: Columns, seed: int) -> Columns:
+    count = len(next(iter(columns.values())))
+    if count <= MOST:
+        return columns
+    rows = np.random.default_rng(seed).choice(count, MOST, replace=False)
+    return {name: values[rows] for name, values in columns.items()}
+
+
+def _finite(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    both = np.isfinite(a) & np.isfinite(b)
+    return a[both], b[both]
+
+
+def over_runs(statistic: Statistic, pairs: Sequence[tuple[np.ndarray, np.ndarray]], seed: int) -> Estimate | None:
+    """Mean of a statistic of two scores over runs; None where it does not exist in one of them."""
+    values = [statistic(a, b) if len(a) > 2 else float("nan") for a, b in pairs]
+    if not np.isfinite(values).all():
+        return None
+    random = np.random.default_rng(seed)
+
+    def resampled() -> float:
+        drawn = [pairs[run] for run in random.integers(len(pairs), size=len(pairs))]
+        places = [random.integers(len(a), size=len(a)) for a, _ in drawn]
+        return float(np.mean([statistic(a[rows], b[rows]) for (a, b), rows in zip(drawn, places, strict=True)]))
+
+    return bootstrapped(float(np.mean(values)), resampled, len(pairs), min(len(a) for a, _ in pairs))
+
+
+def bootstrapped(mean: float, resampled: Callable[[], float], seeds: int, samples: int) -> Estimate:
+    """An estimate whose interval holds the middle 95% of resamples; those that do not exist are drawn no more."""
+    drawn = [resampled() for _ in range(RESAMPLES)]
+    low, high = np.nanquantile(drawn, [0.025, 0.975]).tolist()
+    return Estimate(
+        mean=mean, low=low, high=high, sd_seed=None, sd_draw=None, sd_sample=None, seeds=seeds, draws=1, samples=samples
+    )
+
+
+# Over runs: does a measure say which network generalises worse?
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What is known of a run as a whole.
+
+    Attributes:
+        name: of its folder.
+        seed: of the network.
+        settings: every other setting, by ``section.key``.
+        train_accuracy, gap: accuracy on the given training labels, and how much of it is missing on validation images.
+        values: of every measure, by name; larger is more memorised.
+    """
+
+    name: str
+    seed: int
+    settings: dict[str, Any]
+    train_accuracy: float
+    gap: float
+    values: dict[str, float]
+
+    @property
+    def model(self) -> tuple[str, str]:
+        """Networks that differ here are never compared."""
+        return tuple(str(self.settings.get(f"model.{key}")) for key in ("name", "args"))  # type: ignore[return-value]
+
+
+def pairs_by_setting(runs: Sequence[RunFacts]) -> dict[str, list[tuple[RunFacts, RunFacts]]]:
+    """Pairs of runs of one seed and one model that differ in one setting, by that setting."""
+    found: dict[str, list[tuple[RunFacts, RunFacts]]] = {}
+    for a, b in combinations(runs, 2):
+        if a.seed != b.seed or a.model != b.model:
+            continue
+        differing = [key for key in a.settings if a.settings[key] != b.settings.get(key)]
+        if len(differing) == 1:
+            found.setdefault(differing[0], []).append((a, b))
+    return found
+
+
+def granulated_rows(runs: Sequence[RunFacts], seed: int = 0) -> list[Row]:
+    """For each measure the mean over settings of the τ of pairs that differ in that setting, and the worst setting.
+
+    Intervals are of the bootstrap over seeds; with one seed there is none.
+    """
+    groups = pairs_by_setting(runs)
+    seeds = sorted({run.seed for run in runs})
+    rows = []
+    for name in runs[0].values if groups else ():
+
+        def granulated(weights: Mapping[int, int], name: str = name) -> dict[str, float]:
+            return {key: _sign_agreement(pairs, name, weights) for key, pairs in groups.items()}
+
+        by_setting = granulated(dict.fromkeys(seeds, 1))
+        random = np.random.default_rng(seed)
+
+        def resampled(granulated: Any = granulated, random: Any = random) -> float:
+            drawn = random.choice(seeds, len(seeds)).tolist()
+            return float(np.nanmean(list(granulated({s: drawn.count(s) for s in seeds}).values())))
+
+        mean = float(np.mean(list(by_setting.values())))
+        estimate = bootstrapped(mean, resampled, len(seeds), sum(map(len, groups.values()))) if len(seeds) > 1 else None
+        worst = min(by_setting, key=lambda key: by_setting[key])
+        rows.append(
+            {
+                "measure": name,
+                "granulated": mean,
+                "interval": estimate and [estimate.low, estimate.high],
+                "worst": worst,
+                "worst_tau": by_setting[worst],
+                "by_setting": by_setting,
+                "pairs": sum(map(len, groups.values())),
+                "seeds": len(seeds),
+                "chance": 0.0,
+            }
+        )
+    return rows
+
+
+def _sign_agreement(pairs: Sequence[tuple[RunFacts, RunFacts]], name: str, weights: Mapping[int, int]) -> float:
+    """Kendall's τ of a setting: share of pairs that measure and gap order alike, minus that ordered otherwise."""
+    signs = [np.sign(a.values[name] - b.values[name]) * np.sign(a.gap - b.gap) * weights[a.seed] for a, b in pairs]
+    total = sum(weights[a.seed] for a, _ in pairs)
+    return float(np.sum(signs) / total) if total else float("nan")
+
+
+def partial_rows(runs: Sequence[RunFacts], seed: int = 0) -> list[Row]:
+    """Spearman's ρ of each measure and the gap, given train accuracy, over the runs of the most frequent model.
+
+    Both are ranked, and what the rank of train accuracy explains linearly is taken off. The interval is of the
+    bootstrap over runs; empty with fewer than five runs.
+    """
+    models = [run.model for run in runs]
+    chosen = [run for run in runs if run.model == max(models, key=models.count)]
+    if len(chosen) < 5:
+        return []
+    rows = []
+    for name in chosen[0].values:
+        table = np.array([[run.values[name], run.gap, run.train_accuracy] for run in chosen])
+        random = np.random.default_rng(seed)
+
+        def resampled(table: np.ndarray = table, random: np.random.Generator = random) -> float:
+            return partial_spearman(*table[random.integers(len(table), size=len(table))].T)
+
+        mean = partial_spearman(*table.T)
+        if np.isfinite(mean):
+            estimate = bootstrapped(mean, resampled, len(chosen), len(chosen))
+            rows.append({"measure": name, "partial": estimate.as_dict(), "runs": len(chosen), "chance": 0.0})
+    return rows
+
+
+def partial_spearman(a: np.ndarray, b: np.ndarray, given: np.ndarray) -> float:
+    """Correlation of the ranks of ``a`` and ``b`` without what the ranks of ``given`` explain; NaN if that is all."""
+    ranks = [_ranks(values) for values in (a, b, given)]
+    centred = [values - values.mean() for values in ranks]
+    base = centred[2] @ centred[2]
+    left = [values - (values @ centred[2] / base if base > 0 else 0.0) * centred[2] for values in centred[:2]]
+    if any(values @ values < 1e-9 * len(values) for values in left):
+        return float("nan")
+    return _pearson(*left)

@@ -347,7 +347,7 @@ def test_a_finding_from_command_to_verdict(
 
 def test_called_again_it_trains_nothing_and_says_the_same(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = reproduce(small, monkeypatch)
-    monkeypatch.setattr("rlp.reproduce.study._run", lambda *_: pytest.fail("a command was started"))
+    monkeypatch.setattr("rlp.reproduce.study.run_command", lambda *_: pytest.fail("a command was started"))
     monkeypatch.setattr("rlp.reproduce.readings.probe", lambda *_: pytest.fail("a run was probed again"))
     assert reproduce(small, monkeypatch)["verdicts"] == before["verdicts"]
 

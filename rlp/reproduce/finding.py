@@ -5,12 +5,11 @@ A contrast orders readings, for example one tap after the other, and says whethe
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-import difflib
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rlp.config_keys import inner_type
 from rlp.errors import UserError
+from rlp.reproduce.fields import Fields, check_known, read_mapping, settings_in
 
 ROOT = Path(__file__).resolve().parents[2]
 PAPER = ROOT / "configs" / "paper"
@@ -141,20 +140,20 @@ def load_finding(name: str) -> Finding:
     Raises:
         UserError: there is none of that name, or its file is wrong.
     """
-    _check_known(name, finding_names(), "finding")
+    check_known(name, finding_names(), "finding")
     return read_finding(PAPER / f"{name}.yaml")
 
 
 def load_size(name: str) -> Size:
     """A size by its name; as :func:`load_finding`."""
-    _check_known(name, size_names(), "size")
+    check_known(name, size_names(), "size")
     path = PAPER / "sizes" / f"{name}.yaml"
-    fields = _Fields(_mapping(path), str(path))
+    fields = Fields(read_mapping(path), str(path))
     size = Size(
         name=name,
         base=path.parent / fields.take("base", str),
         data=None if (data := fields.take("data", str | None, None)) is None else path.parent / data,
-        settings=_settings(fields.take("settings", dict, {}), f"{path}: settings"),
+        settings=settings_in(fields.take("settings", dict, {}), f"{path}: settings"),
         threads=fields.take("threads", int, 1),
         fresh=fields.take("fresh", dict, {}),
         about=fields.take("about", str),
@@ -174,7 +173,7 @@ def read_finding(path: Path) -> Finding:
     Raises:
         UserError: an unknown or missing key, or a value that does not fit.
     """
-    fields = _Fields(_mapping(path), str(path))
+    fields = Fields(read_mapping(path), str(path))
     variants = fields.take("variants", dict)
     if not variants:
         raise UserError(f"{path}: variants is empty; expected at least one")
@@ -187,16 +186,16 @@ def read_finding(path: Path) -> Finding:
         name=path.stem,
         claim=fields.take("claim", str),
         source=fields.take("source", str),
-        variants={name: _settings(value or {}, f"{path}: variants.{name}") for name, value in variants.items()},
+        variants={name: settings_in(value or {}, f"{path}: variants.{name}") for name, value in variants.items()},
         contrasts=tuple(_contrast(item, f"{path}: contrasts[{i}]", list(variants)) for i, item in enumerate(contrasts)),
-        settings=_settings(fields.take("settings", dict, {}), f"{path}: settings"),
-        sizes={name: _settings(value, f"{path}: sizes.{name}") for name, value in sizes.items()},
+        settings=settings_in(fields.take("settings", dict, {}), f"{path}: settings"),
+        sizes={name: settings_in(value, f"{path}: sizes.{name}") for name, value in sizes.items()},
         note=fields.take("note", str, ""),
         fresh=fields.take("fresh", dict, {}),
     )
     fields.finish()
     for name in sizes:
-        _check_known(name, size_names(), f"{path}: sizes; size")
+        check_known(name, size_names(), f"{path}: sizes; size")
     if not contrasts:
         raise UserError(f"{path}: contrasts is empty; expected at least one")
     return finding
@@ -205,7 +204,7 @@ def read_finding(path: Path) -> Finding:
 def _contrast(item: Any, where: str, variants: Sequence[str]) -> Contrast:
     if not isinstance(item, dict):
         raise UserError(f"{where} is {item!r}; expected keys what, over and expected")
-    fields = _Fields(item, where)
+    fields = Fields(item, where)
     over = fields.take("over", list)
     contrast = Contrast(
         what=fields.take("what", str),
@@ -216,8 +215,8 @@ def _contrast(item: Any, where: str, variants: Sequence[str]) -> Contrast:
         matched=fields.take("matched", bool, False),
     )
     fields.finish()
-    _check_known(contrast.expected, EXPECTED, f"{where}.expected")
-    _check_known(contrast.of, READ_BY, f"{where}.of")
+    check_known(contrast.expected, EXPECTED, f"{where}.expected")
+    check_known(contrast.of, READ_BY, f"{where}.of")
     alone = contrast.expected == "chance"
     if alone != (len(over) == 1) or not over:
         raise UserError(f"{where}.over has {len(over)} entries; expected {'one' if alone else 'two or more'}")
@@ -228,9 +227,9 @@ def _selection(item: Any, where: str, variants: Sequence[str]) -> Selection:
     item = {"variant": item} if isinstance(item, str) else item
     if not isinstance(item, dict):
         raise UserError(f"{where} is {item!r}; expected a variant, or keys variant, tap and trained")
-    fields = _Fields(item, where)
+    fields = Fields(item, where)
     variant = fields.take("variant", str, variants[0])
-    _check_known(variant, variants, f"{where}.variant")
+    check_known(variant, variants, f"{where}.variant")
     selection = Selection(
         variant=variant, tap=fields.take("tap", str, "last"), trained=fields.take("trained", float, 1.0)
     )
@@ -238,73 +237,3 @@ def _selection(item: Any, where: str, variants: Sequence[str]) -> Selection:
     if not 0 < selection.trained <= 1:
         raise UserError(f"{where}.trained is {selection.trained}; expected above 0 and up to 1")
     return selection
-
-
-def _settings(value: Any, where: str) -> dict[str, Any]:
-    """Settings by ``section.key``; what keys there are, the configuration itself checks."""
-    if not isinstance(value, dict) or not all(name.count(".") >= 1 for name in value):
-        raise UserError(f"{where} is {value!r}; expected 'section.key: value' lines")
-    return value
-
-
-class _Fields:
-    """A mapping whose keys are taken one by one; none may be left."""
-
-    def __init__(self, content: dict[str, Any], where: str) -> None:
-        self.content, self.where, self.known = dict(content), where, list[str]()
-
-    def take(self, name: str, kind: Any, *default: Any) -> Any:
-        """The value of a key, of a type, removed; ``default`` where it is missing."""
-        self.known.append(name)
-        if name not in self.content:
-            if default:
-                return default[0]
-            raise UserError(f"{self.where}: {name} is missing")
-        value = self.content.pop(name)
-        plain, optional = inner_type(kind)
-        if value is None and optional:
-            return None
-        if plain is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if not isinstance(value, plain) or (isinstance(value, bool) and plain is not bool):
-            raise UserError(f"{self.where}: {name} is {value!r}; expected {_WORDS[plain]}")
-        return value
-
-    def finish(self) -> None:
-        """An error if a key is left."""
-        for name in self.content:
-            near = difflib.get_close_matches(name, self.known, 1)
-            hint = f"did you mean {near[0]}?" if near else f"expected {', '.join(self.known)}"
-            raise UserError(f"{self.where}: unknown key '{name}'; {hint}")
-
-
-_WORDS: dict[Any, str] = {
-    str: "text",
-    int: "an integer",
-    float: "a number",
-    bool: "true or false",
-    list: "a list",
-    dict: "a mapping",
-}
-
-
-def _mapping(path: Path) -> dict[str, Any]:
-    """A YAML file of keys, read as strictly as every other configuration."""
-    from rlp.config_files import load_value
-
-    try:
-        content = load_value(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no keys; expected claim, source, variants and contrasts")
-    return content
-
-
-def _check_known(name: str, known: Sequence[str], what: str) -> None:
-    if name not in known:
-        near = difflib.get_close_matches(name, known, 1)
-        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}"
-        raise UserError(f"{what} is '{name}'; {hint}")

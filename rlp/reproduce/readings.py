@@ -135,7 +135,7 @@ def probe_tasks(study: Study, points: Iterable[tuple[Selection, int, Point]]) ->
         for protocol in PROTOCOL.values():
             point = Point(names[0], epoch, samples)
             options = _options(study, variant, seed, point, protocol, sorted(names))
-            if not _is_probed(Path(options.out or ""), options):
+            if not is_probed(Path(options.out or ""), options):
                 tasks.append((f"{variant}, seed {seed}, {protocol}", _prober(study.folder(variant, seed), options)))
     return tasks
 
@@ -169,7 +169,7 @@ def _options(study: Study, variant: str, seed: int, point: Point, protocol: str,
         raise UserError(f"size {study.size.name}: fresh holds a key that the probe does not know: {error}") from None
 
 
-def _is_probed(folder: Path, options: ProbeOptions) -> bool:
+def is_probed(folder: Path, options: ProbeOptions) -> bool:
     """Whether the folder holds a reading with these options; where the files lie does not matter."""
     try:
         before = dict(json.loads((folder / "probe.json").read_text(encoding="utf-8"))["options"])

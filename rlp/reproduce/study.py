@@ -1,6 +1,6 @@
 """The runs behind a finding: configurations resolved, data written where it is missing, networks trained once."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 import dataclasses
 from dataclasses import dataclass
@@ -61,16 +61,16 @@ class Study:
         settings |= {f"data.{split}": path for split, path in self.data.items()}
         arguments = ["--config", str(self.size.base)]
         for name, value in settings.items():
-            arguments += [f"--{name}={_text(value)}"]
+            arguments += [f"--{name}={text_of(value)}"]
         return parse(TrainConfig, arguments)
 
 
-def _text(value: Any) -> str:
+def text_of(value: Any) -> str:
     """A value as the command line takes it."""
     if isinstance(value, list):
-        return "[" + ", ".join(map(_text, value)) + "]"
+        return "[" + ", ".join(map(text_of, value)) + "]"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{name}: {_text(item)}" for name, item in value.items()) + "}"
+        return "{" + ", ".join(f"{name}: {text_of(item)}" for name, item in value.items()) + "}"
     return show(value)
 
 
@@ -83,9 +83,14 @@ def prepare_data(size: Size, out: Path) -> dict[str, str]:
     if size.data is None:
         raise UserError(f"--size {size.name} needs --data.train FILE and --data.val FILE: {size.about}")
     files = {split: str(out / "data" / f"{split}.beton") for split in ("train", "val")}
-    command = [sys.executable, str(_script("data_prep/write_datasets.py")), "--config", str(size.data)]
-    _run([*command, *(f"--output.{split}={path}" for split, path in files.items())], "writing the data", 1)
+    write_data(["--config", str(size.data)], files)
     return files
+
+
+def write_data(arguments: Sequence[str], files: dict[str, str]) -> None:
+    """write_datasets.py with these arguments, to the files ``train`` and ``val``, unless they are there already."""
+    command = [sys.executable, str(script_path("data_prep/write_datasets.py")), *arguments]
+    run_command([*command, *(f"--output.{split}={path}" for split, path in files.items())], "writing the data", 1)
 
 
 def train_all(study: Study, jobs: int) -> None:
@@ -100,7 +105,7 @@ def train_all(study: Study, jobs: int) -> None:
     for variant in study.variants:  # all are checked before the first is trained
         for seed in study.seeds:
             config = study.config(variant, seed)
-            _check_same(study.folder(variant, seed), config)
+            check_same(study.folder(variant, seed), config)
             if not (study.folder(variant, seed) / SUMMARY).is_file():
                 waiting.append((variant, seed, config))
     done = len(study.variants) * len(study.seeds) - len(waiting)
@@ -125,15 +130,15 @@ def in_parallel(tasks: Sequence[tuple[str, Callable[[], None]]], jobs: int, what
             raise
 
 
-def _check_same(folder: Path, config: TrainConfig) -> None:
-    """Whether what lies in the folder was trained as ``config`` says."""
+def check_same(folder: Path, config: TrainConfig, asker: str = "the finding") -> None:
+    """Refuse a folder whose run was not trained as ``config`` says, which ``asker`` asks for."""
     written = folder / "config.yaml"
     if not written.is_file():
         return
     before = parse(TrainConfig, ["--config", str(written)])
     for name, value, old in _differences(config, before):
         raise UserError(
-            f"{folder} holds a run with {name} {show(old)}, and the finding asks for {show(value)}; "
+            f"{folder} holds a run with {name} {show(old)}, and {asker} asks for {show(value)}; "
             "expected the same: give another --out, or remove that folder"
         )
 
@@ -149,25 +154,44 @@ def _differences(config: TrainConfig, other: TrainConfig) -> Iterable[tuple[str,
 
 def _trainer(study: Study, variant: str, seed: int, config: TrainConfig) -> Callable[[], None]:
     def call() -> None:
-        file = write_atomically(study.out / "configs" / f"{variant}-seed{seed}.yaml", to_yaml(config))
-        command = [sys.executable, str(_script("train_rlp.py")), "--config", str(file), "--run.resume", "auto"]
-        _run(command, f"training {variant} with seed {seed}", study.size.threads)
+        file = study.out / "configs" / f"{variant}-seed{seed}.yaml"
+        train_run(config, file, f"training {variant} with seed {seed}", study.size.threads)
 
     return call
 
 
-def _script(name: str) -> Path:
+def train_run(
+    config: TrainConfig, file: Path, what: str, threads: int, variables: Mapping[str, str] | None = None
+) -> None:
+    """Train one network in a process of its own, from where it stopped; its configuration is kept in ``file``."""
+    write_atomically(file, to_yaml(config))
+    command = [sys.executable, str(script_path("train_rlp.py")), "--config", str(file), "--run.resume", "auto"]
+    run_command(command, what, threads, variables)
+
+
+def script_path(name: str) -> Path:
+    """A script of the repository."""
     path = ROOT / name
     if not path.is_file():
         raise UserError(f"{path} is missing; expected a checkout of the repository, whose scripts and configs are used")
     return path
 
 
-def _run(command: Sequence[str], what: str, threads: int) -> None:
-    """A command in the repository's root; its last lines in the error if it fails."""
+class CommandError(UserError):
+    """A command that failed, with its exit status."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def run_command(command: Sequence[str], what: str, threads: int, variables: Mapping[str, str] | None = None) -> None:
+    """A command in the repository's environment, with further variables; its last lines in the error if it fails."""
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    environment |= variables or {}
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if finished.returncode != 0:
         lines = "\n".join((finished.stderr or finished.stdout).splitlines()[-LINES:])
-        raise UserError(f"{what} ended with status {finished.returncode}; expected 0; its last lines were:\n{lines}")
+        message = f"{what} ended with status {finished.returncode}; expected 0; its last lines were:\n{lines}"
+        raise CommandError(message, finished.returncode)

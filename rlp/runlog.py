@@ -217,6 +217,22 @@ def write_summary(directory: str | Path, summary: Row) -> Path:
     return write_atomically(Path(directory) / SUMMARY, text + "\n")
 
 
+def weight_text(lam: float, heads: Row) -> str:
+    """``λ = 1``, and what is not the papers': the penalty, head steps, taps, a κ that λ is adapted to.
+
+    Args:
+        lam: weight λ, at the start where it is adapted.
+        heads: settings ``heads`` of the run; keys that an older run lacks have their defaults.
+    """
+    if not lam:
+        return f"λ = {lam:g}"
+    said = [] if heads.get("penalty", "forget") == "forget" else [str(heads["penalty"])]
+    said += [f"{heads['steps']} head steps"] if heads.get("steps", 1) > 1 else []
+    said += [f"times {heads['lam_taps']}"] if heads.get("lam_taps") else []
+    said += [f"adapted to κ = {heads['target_kappa']:g}"] if heads.get("target_kappa") is not None else []
+    return f"λ = {lam:g}" + (f" ({', '.join(said)})" if said else "")
+
+
 def read_summary(directory: str | Path) -> Row:
     """The `summary.json` of a run.
 

@@ -134,7 +134,7 @@ def page(trained: Path) -> Page:
 def test_a_page_has_every_section_of_a_probed_run(page: Page) -> None:
     for name in ("training", "probe", "features", "scores", "gallery", "table", "guide"):
         assert name in [attrs.get("id") for attrs in page.named("h2")]
-    for words in ("small_cnn", "λ, weight of the penalty", "Rademacher", "Planted truth", "It bounds the heads' class.",
+    for words in ("small_cnn", "λ = 0", "Rademacher", "Planted truth", "It bounds the heads' class.",
                   "effective rank", "luck of the labels", "python -m rlp.measure probe"):  # fmt: skip
         assert words in page.text
     assert "is missing" not in page.text

@@ -16,7 +16,7 @@ import pytest
 
 from rlp import runlog
 from rlp.errors import UserError
-from rlp.runlog import RunLog, environment, read_rows, read_summary, write_summary
+from rlp.runlog import RunLog, environment, read_rows, read_summary, weight_text, write_summary
 
 
 class Terminal(io.StringIO):
@@ -265,3 +265,10 @@ def test_git_state_of_a_checkout_and_of_an_installed_copy(tmp_path: Path) -> Non
     (tmp_path / "tracked.py").write_text("changed")
     assert runlog._git_state(tmp_path / "tracked.py") == {"commit": head, "dirty": True}
     assert runlog._git_state(tmp_path / "installed.py") is None
+
+
+def test_a_weight_says_what_it_weighs():
+    assert weight_text(0.0, {"penalty": "uniform"}) == "λ = 0"
+    assert weight_text(1.0, {}) == weight_text(1.0, {"penalty": "forget", "steps": 1, "target_kappa": None}) == "λ = 1"
+    told = weight_text(0.5, {"penalty": "uniform", "steps": 5, "lam_taps": {"a": 2}, "target_kappa": 0.1})
+    assert told == "λ = 0.5 (uniform, 5 head steps, times {'a': 2}, adapted to κ = 0.1)"

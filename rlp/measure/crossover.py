@@ -222,7 +222,7 @@ def add_crossover(subparsers: Any) -> None:
         "n": (defaults.n, "numbers of random labels"),
     }
     for name, (value, text) in numbers.items():
-        shown = f"{text} (default: {' '.join(map(str, value))})"
+        shown = f"{text} (default: {' '.join(map(str, value)) or 'as probe'})"
         part.add_argument(f"--{name}", nargs="+", type=int, default=list(value), metavar="N", help=shown)
     part.add_argument(
         "--draws", type=int, default=defaults.draws, metavar="N", help="fresh labellings (default: %(default)s)"

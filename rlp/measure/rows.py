@@ -1,7 +1,7 @@
 """From results to rows: one condition with everything beside it that its κ must be read with."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 import math
 from typing import Any
 
@@ -20,7 +20,7 @@ from rlp.measure.estimate import (
 from rlp.measure.features import FeatureSet
 from rlp.measure.protocols import Result, Setting
 from rlp.measure.run import Run
-from rlp.runlog import METRICS, read_rows
+from rlp.runlog import METRICS, read_rows, weight_text
 
 Row = dict[str, Any]
 
@@ -195,6 +195,7 @@ def run_facts(run: Run, names: Mapping[str, Any]) -> Row:
         "name": run.name,
         "seed": run.config.run.seed,
         "lam": run.config.heads.weight,
+        "penalty": weight_text(run.config.heads.weight, asdict(run.config.heads)),
         "model": run.config.model.name,
         "epochs": run.epoch,
         "steps": run.step,

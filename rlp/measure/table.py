@@ -98,7 +98,7 @@ def _title(facts: Row) -> str:
         if facts.get(key) is not None
     ]
     first = "   ".join(
-        [facts["name"], facts["model"], f"λ = {facts['lam']:g}", f"seed {facts['seed']}", f"step {facts['steps']:,}"]
+        [facts["name"], facts["model"], facts["penalty"], f"seed {facts['seed']}", f"step {facts['steps']:,}"]
     )
     second = (
         f"N = {facts['samples']:,} of each: members are {facts['members']}, non-members {facts['non_members']}; "

@@ -12,7 +12,7 @@ from rlp.errors import UserError
 from rlp.files import write_atomically
 from rlp.intervals import draw_interval
 from rlp.report.readings import Reading, plural, readings
-from rlp.runlog import METRICS, SUMMARY, Row, read_rows, read_summary
+from rlp.runlog import METRICS, SUMMARY, Row, read_rows, read_summary, weight_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -142,7 +142,7 @@ def _facts(epoch: Row, summary: Row | None) -> str:
     if rows:
         parts.append(plural(len({row["draw"] for row in rows}), "draw"))
     if summary:
-        parts.append(f"λ = {summary['lam']:g}")
+        parts.append(weight_text(summary["lam"], summary["config"].get("heads", {})))
     parts.append(plural(epoch["epoch"], "epoch"))
     if summary:
         parts.append(f"seed {summary['seed']}")

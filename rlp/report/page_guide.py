@@ -20,7 +20,7 @@ WORDS = (
         "heads on images and labels that they never saw: must be 0, about 1 in 20 intervals misses it by luck",
     ),
     ("[low, high]", "95% interval; of one network it is over draws and images, and other seeds usually move κ more"),
-    ("λ", "weight of the penalty that works against the training's own heads"),
+    ("λ", "weight of the penalty that works against the training's own heads (in joint mode, for them)"),
 )
 MAY = (
     "Δ above 0 with its interval: at this tap and with this reading, members are told apart better than non-members.",

@@ -9,7 +9,7 @@ from rlp.report.page_estimates import counted, ends_of, estimate_cell, mean_of, 
 from rlp.report.page_html import Cell, Html, code, element, facts, folded, is_number, join, number_cell, table
 from rlp.report.page_run import PROBE, ReportRun, probe_command
 from rlp.report.readings import readings
-from rlp.runlog import Row
+from rlp.runlog import Row, weight_text
 
 SATURATED = 0.995
 """κ from which on two groups cannot differ, whatever they hold."""
@@ -40,7 +40,7 @@ def _facts(run: ReportRun) -> list[tuple[str, str]]:
         ("validation images", _count(run, "val")),
         ("classes", str(len(class_names(run)) or "unknown")),
         ("seed", "unknown" if run.seed is None else str(run.seed)),
-        ("λ, weight of the penalty", f"{lam:g}" if is_number(lam) else "unknown"),
+        ("penalty", weight_text(lam, run.heads) if is_number(lam) else "unknown"),
         ("random labels in training", _heads(final)),
         ("epochs", f"{final['epoch']:,}"),
         ("steps", f"{final['step']:,}"),

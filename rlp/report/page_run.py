@@ -67,6 +67,10 @@ class ReportRun:
         return self.summary.get("lam", self.setting("heads", "lam"))
 
     @property
+    def heads(self) -> Row:
+        return (self.summary.get("config") or {}).get("heads") or {}
+
+    @property
     def model(self) -> str:
         return str(self.setting("model", "name") or "unknown model")
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from rlp.intervals import Interval
 from rlp.report.readings import Reading, plural, readings
+from rlp.runlog import weight_text
 
 LEGEND = """\
 κ = (n·acc - 1)/(n - 1): 0 is guessing, 1 is every random label right; [..] is the 95% interval over draws of this one
@@ -37,7 +38,11 @@ def summary_table(summary: dict[str, Any]) -> str:
 def _title(summary: dict[str, Any]) -> str:
     name = summary["config"].get("model", {}).get("name")
     counts = ", ".join(f"{summary['data'][split]['num_samples']:,} {split}" for split in ("train", "val"))
-    facts = [f"N = {counts}", f"λ = {summary['lam']:g}", plural(summary["epochs"], "epoch")]
+    facts = [
+        f"N = {counts}",
+        weight_text(summary["lam"], summary["config"].get("heads", {})),
+        plural(summary["epochs"], "epoch"),
+    ]
     facts += [plural(summary["steps"], "step"), f"seed {summary['seed']}"]
     # Heads of another kind, or on other features, are another measurement.
     rows = summary["final"].get("heads") or []

@@ -28,7 +28,20 @@ NETWORKS = {
     "pen-steps": "the same, 5 steps of the heads",
     "pen-uniform": "40% wrong, to uniform, λ = 1",
 }
-"""Files ``NAME-{converged,budget}.json`` of the data's folder, and what the networks are."""
+"""Files ``NAME-{converged,budget}.json`` of the data's folder, and what the networks are: CIFAR-10."""
+DIGITS = {
+    "none": "none",
+    "forget": "−log(1 − p)",
+    "steps": "the same, 5 steps of the heads",
+    "restarts": "the same, 5 steps, restarts, fresh draws",
+    "target": "−log(1 − p), λ adapted to κ = 0.1",
+    "uniform": "cross-entropy to uniform",
+    "entropy": "negative entropy",
+    "dof": "degrees of freedom",
+    "reversal": "gradient reversal, λ = 0.01",
+    "joint": "joint mode, μ = 0.1",
+}
+"""Files ``digits-NAME.json``: 40% wrong labels, and a penalty of λ = 1."""
 FEATURES = {"raw": "#666666", "residual": "#0072B2", "residual-predicted": "#D55E00"}
 GROUPS = {
     "members": ("#0072B2", "o"),
@@ -44,15 +57,18 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("docs/results/data"))
     parser.add_argument("--figure", type=Path, default=Path("docs/images/members.png"))
     arguments = parser.parse_args()
-    rows = {kind: read_rows(arguments.data, kind) for kind in ("converged", "budget")}
+    rows = {kind: read_rows(arguments.data, NETWORKS, f"{{}}-{kind}.json") for kind in ("converged", "budget")}
     print(table(rows["converged"], ("protocol", "tap")), end="\n\n")
-    print(table(rows["budget"], ("tap", "features")))
-    print(f"\n{write_atomically(arguments.figure, rendered(figure(rows)))}")
+    print(table(rows["budget"], ("tap", "features")), end="\n\n")
+    print(table(read_rows(arguments.data, DIGITS, "digits-{}.json"), ("protocol", "features")))
+    heads = json.loads((arguments.data / "networks.json").read_text("utf-8"))
+    trained = {NETWORKS[name]: [row["training_heads"] for row in found] for name, found in heads.items()}
+    print(f"\n{write_atomically(arguments.figure, rendered(figure(rows, trained)))}")
 
 
-def read_rows(folder: Path, kind: str) -> dict[str, list[Row]]:
-    """The pooled rows of each network that has them, by its name."""
-    paths = {name: folder / f"{name}-{kind}.json" for name in NETWORKS}
+def read_rows(folder: Path, names: dict[str, str], pattern: str) -> dict[str, list[Row]]:
+    """The pooled rows of each network that has them, by what it is."""
+    paths = {title: folder / pattern.format(name) for name, title in names.items()}
     return {name: json.loads(path.read_text("utf-8"))["rows"] for name, path in paths.items() if path.is_file()}
 
 
@@ -67,7 +83,7 @@ def table(rows: dict[str, list[Row]], keys: tuple[str, str]) -> str:
         for row in found:
             estimates = [row[group] for group in ("members", "non_members", "delta")]
             cells = (
-                NETWORKS[name],
+                name,
                 *(row[key] for key in (*keys, "D", "N", "n")),
                 f"{len(row['seeds'])} × {row['draws']}",
                 f"{row['chance']:g}",
@@ -94,42 +110,44 @@ def interval(estimate: Row) -> str:
     return f"{number(estimate['mean'])} [{number(estimate['low'])}, {number(estimate['high'])}]"
 
 
-def figure(rows: dict[str, dict[str, list[Row]]]) -> "Figure":
-    """κ of every group at convergence (n = 10), and Δ after a small budget, network by network."""
+def figure(rows: dict[str, dict[str, list[Row]]], trained: dict[str, list[float]]) -> "Figure":
+    """κ of every group at convergence (n = 10), and Δ after a small budget, network by network.
+
+    ``trained``: κ of the heads that trained beside each network, by seed.
+    """
     from matplotlib.figure import Figure
 
-    found = Figure(figsize=(10, 4.2), layout="constrained")
+    found = Figure(figsize=(10.5, 5), layout="constrained")
     left, right = found.subplots(1, 2, sharey=True)
-    for name, place in zip(rows["converged"], range(len(NETWORKS)), strict=False):
+    names = [name for name in rows["converged"] if name in rows["budget"]]
+    for place, name in enumerate(names):
         row = next(r for r in rows["converged"][name] if r["protocol"] == "converged" and r["n"] == 10)
-        for offset, (group, (colour, marker)) in enumerate(GROUPS.items()):
-            point(
-                left,
-                row[group],
-                place + 0.15 * (offset - 1.5),
-                colour,
-                marker,
-                group.replace("_", "-") if not place else "",
-            )
+        for offset, (group, style) in enumerate(GROUPS.items()):
+            label = "" if place else group.replace("_", "-")
+            point(left, row[group], place + 0.15 * (offset - 1.5), style, label)
+        label = "" if place else "training heads, by seed"
+        left.plot(trained[name], [place] * len(trained[name]), "k|", markersize=14, label=label or None)
         for offset, (features, colour) in enumerate(FEATURES.items()):
-            last = [r for r in rows["budget"].get(name, []) if r["features"] == features][-1]
-            point(right, last["delta"], place + 0.2 * (offset - 1), colour, "o", features if not place else "")
-    left.set_yticks(range(len(rows["converged"])), [NETWORKS[name] for name in rows["converged"]])
+            last = next(r for r in reversed(rows["budget"][name]) if r["features"] == features)
+            point(right, last["delta"], place + 0.2 * (offset - 1), (colour, "o"), "" if place else features)
+    left.set_yticks(range(len(names)), names)
     left.invert_yaxis()
-    left.set(xlabel="κ of fresh heads, converged (n = 10)", xlim=(0, None), title="At convergence all read the same")
+    left.set(
+        xlabel="κ at the last layer (n = 10)", xlim=(-0.01, None), title="Fresh heads, converged: D, N and n alone"
+    )
     right.set(
-        xlabel="Δ = κ(members) − κ(non-members), small budget", title="Of what the class leaves, members show more"
+        xlabel="Δ = κ(members) − κ(non-members), small budget", title="Small budget: overfitted networks differ"
     )
     right.axvline(0, color="black", linewidth=0.8)
     for axes in (left, right):
         axes.grid(axis="x", alpha=0.3)
-        axes.legend(fontsize=8, loc="best")
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.45, -0.14), ncols=5, columnspacing=1, frameon=False)
     return found
 
 
-def point(axes: "Axes", estimate: Row, y: float, colour: str, marker: str, label: str) -> None:
-    """A mean with its interval."""
-    mean = estimate["mean"]
+def point(axes: "Axes", estimate: Row, y: float, style: tuple[str, str], label: str) -> None:
+    """A mean with its interval; ``style`` is colour and marker."""
+    mean, (colour, marker) = estimate["mean"], style
     reach = [[mean - estimate["low"]], [estimate["high"] - mean]] if estimate["low"] is not None else None
     axes.errorbar(mean, y, xerr=reach, color=colour, marker=marker, markersize=5, linestyle="", label=label or None)
 

@@ -19,6 +19,7 @@ from rlp.errors import UserError
 from rlp.headplan import tap_factors
 from rlp.models import RandomLabelHeads, attach, build_model
 from rlp.models.attach import check_together
+from rlp.regularisers import hang_tied_dropout
 from rlp.schema import DataConfig, TrainConfig
 from rlp.trainer import Data
 
@@ -109,6 +110,7 @@ def _open(config: TrainConfig, world: World, beton: Beton, view: View | None, tr
         resident_limit=int(data.resident_limit_gb * 2**30),
         workers=data.workers,
         verify=data.verify,
+        splits=config.train.bilevel if train else 0,
     )
 
 
@@ -135,6 +137,7 @@ def build_network(config: TrainConfig, card: Card, device: torch.device) -> tupl
     model = build_model(config.model.name, len(card.classes), min(height, width), dict(config.model.args))
     if config.model.weights:
         load_model_weights(model, Path(config.model.weights))
+    hang_tied_dropout(model, config.train, config.run.seed)
     model.to(device)
     if config.model.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

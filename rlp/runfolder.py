@@ -35,7 +35,7 @@ _EFFECTS = {
     "run.log_every": "how often λ follows heads.target_kappa",
 }
 _FREE_KEYS = {f"data.{key}" for key in ("train", "val", "loader", "workers", "resident_limit_gb", "verify")}
-_FREE_KEYS |= {"data.eval_batch_size", "data.label_file"}  # the labels themselves are compared
+_FREE_KEYS |= {"data.eval_batch_size", "data.label_file", "train.patience"}  # the labels themselves are compared
 
 
 def find_resume_point(run_dir: Path, resume: str | None, overwrite: bool) -> dict[str, Any] | None:

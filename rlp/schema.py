@@ -254,9 +254,33 @@ class TrainingConfig(Section, name="train"):
     clip_norm: float = key(0.0, "largest gradient norm of the network; 0 clips nothing", at_least(0))
     accumulate: int = key(1, "batches whose gradients are added up for one step", at_least(1))
     amp: Literal["none", "bf16", "fp16"] = key("none", "autocast of the forward pass; fp16 scales the loss")
+    patience: int = key(
+        0,
+        "stop after so many epochs without a better accuracy on data.val; 0 trains all epochs. The best checkpoint is "
+        "kept as best.pt",
+        at_least(0),
+    )
+    mixup: float = key(0.0, "α of mixup: the weight of the first of two images is Beta(α, α); 0 for none", at_least(0))
+    manifold_mixup: float = key(
+        0.0, "α of manifold mixup, at the input or one of train.manifold_taps, drawn for each batch", at_least(0)
+    )
+    manifold_taps: tuple[str, ...] = key((), "modules whose output manifold mixup may mix: paths or globs")
+    bilevel: int = key(
+        0,
+        "Deep Bilevel Learning: splits of a batch, with equal class lists, of which the first validates the others; 0 "
+        "for none, 8 with data.batch_size 64 in the paper",
+        Check(lambda value: value == 0 or value >= 2, "0 or at least 2"),
+    )
+    bilevel_mu: float = key(0.01, "μ of train.bilevel: what is added to the squared norm of a gradient", at_least(0))
+    tied_dropout: float = key(
+        0.0, "example-tied dropout: share of the channels that memorise; 0 for none", at_least(0), below(1)
+    )
+    tied_per_sample: float = key(0.1, "share of these channels that a sample has in training", between(0, 1))
+    tied_taps: tuple[str, ...] = key((), "modules whose output example-tied dropout masks: paths or globs")
 
     def check(self) -> None:
-        """The schedule."""
+        """The schedule, and one regulariser at most, with its taps."""
+        self._check_regularisers()
         if self.warmup_epochs > self.epochs:
             raise UserError(
                 f"train.warmup_epochs is {self.warmup_epochs}, longer than train.epochs, which is {self.epochs}; "
@@ -264,6 +288,21 @@ class TrainingConfig(Section, name="train"):
             )
         if self.schedule == "step" and not self.step_epochs:
             raise UserError("train.schedule is step, but train.step_epochs is empty; expected the epochs of the steps")
+
+    def _check_regularisers(self) -> None:
+        chosen = [name for name in ("mixup", "manifold_mixup", "bilevel", "tied_dropout") if getattr(self, name)]
+        if len(chosen) > 1:
+            both = " and ".join(f"train.{name}" for name in chosen)
+            raise UserError(f"{both} are set; expected one of them, for each decides what a batch's class loss is")
+        for name, taps in (("manifold_mixup", "manifold_taps"), ("tied_dropout", "tied_taps")):
+            if getattr(self, name) and not getattr(self, taps):
+                raise UserError(
+                    f"train.{name} is {getattr(self, name)}, but train.{taps} is empty; expected modules to act on"
+                )
+        if self.bilevel and self.amp == "fp16":
+            raise UserError(
+                "train.bilevel weighs gradients before fp16's loss scaling; expected train.amp none or bf16"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,4 +326,21 @@ class TrainConfig:
             raise UserError(
                 f"heads.steps is {self.heads.steps} and train.accumulate is {self.train.accumulate}; expected one of "
                 "them to be 1, for steps of the heads would fall between batches whose gradients are added up"
+            )
+        self._check_regularisers()
+
+    def _check_regularisers(self) -> None:
+        train = self.train
+        if train.bilevel and self.data.batch_size % train.bilevel:
+            raise UserError(
+                f"data.batch_size is {self.data.batch_size}, which {train.bilevel} splits (train.bilevel) cannot share "
+                "equally; expected a multiple"
+            )
+        for name in ("manifold_mixup", "tied_dropout"):
+            if getattr(train, name) and self.model.compile:
+                raise UserError(f"train.{name} changes tensors within the network; expected model.compile false")
+        if train.tied_dropout and self.heads.taps and self.heads.kind == "copied":
+            raise UserError(
+                "heads.kind is copied, and copies of the network's modules would lack train.tied_dropout; expected "
+                "another kind of heads"
             )

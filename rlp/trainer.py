@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from rlp import checkpoint, seeding
@@ -26,6 +25,7 @@ from rlp.meters import FiniteWatch, NonFiniteError, Sums
 from rlp.models import RandomLabelHeads, TapMetrics
 from rlp.optim import build_optimizer, lr_factor, parameter_groups, set_lr
 from rlp.progress import Progress
+from rlp.regularisers import pass_for_heads, regulariser_of
 from rlp.runlog import RunLog, last_epoch_row
 from rlp.schema import TrainConfig
 
@@ -71,6 +71,7 @@ class Trainer:
         self.checkpoints = Path(config.run.dir) / "checkpoints"
         self.distributed = self._distribute(model)
         self.forward = torch.compile(self.distributed) if config.model.compile else self.distributed
+        self.class_loss = regulariser_of(config, model)
         self.optimizers = self._build_optimizers()
         self.plan = self._head_plan()
         self.amp = AMP_DTYPES.get(config.train.amp)
@@ -119,12 +120,18 @@ class Trainer:
             self.log.info(line)
         with _on_sigterm(self._terminate):
             row: dict[str, Any] = {}
-            while self.progress.epoch < self.config.train.epochs:
+            while not self._ends(self.progress.epoch):
                 row = self._run_epoch()
             return row or self._last_epoch_row()
 
     def _terminate(self) -> None:
         self._terminated = True
+
+    def _ends(self, epochs: int) -> bool:
+        """Whether ``epochs`` epochs, the best of which is known, are all that is to be done."""
+        train, progress = self.config.train, self.progress
+        waited = epochs - progress.best_step // self.data.train.steps
+        return epochs >= train.epochs or (0 < train.patience <= waited and progress.best_step > 0)
 
     def _run_epoch(self) -> dict[str, Any]:
         progress = self.progress
@@ -203,11 +210,13 @@ class Trainer:
     def _loss(self, batch: Batch) -> Tensor:
         image = self.data.augment(batch.image, batch.index, self.progress.epoch, train=True)
         with self._autocast():
-            logits = self.forward(image)
-            class_loss = F.cross_entropy(logits.float(), batch.label, label_smoothing=self.config.train.label_smoothing)
+            class_loss, correct = self.class_loss.step(self.forward, image, batch, self.progress)
+            if self.heads is not None and not self.class_loss.clean:
+                # The bare network: DDP exchanges gradients once for both passes, which end in one backward pass.
+                pass_for_heads(self.model, image, gradient=self.config.heads.weight > 0)
         heads_loss = self._heads_loss(batch)
         loss = class_loss + heads_loss
-        self._bookkeep(batch, logits.detach(), loss.detach(), class_loss.detach())
+        self._bookkeep(correct, len(image), loss.detach(), class_loss.detach())
         return loss
 
     def _heads_loss(self, batch: Batch) -> Tensor | float:
@@ -227,12 +236,10 @@ class Trainer:
             lam = self.plan.lam(self.progress)
             return self.heads.loss(**given, lam=lam, penalty=config.penalty, ridge=config.ridge)
 
-    def _bookkeep(self, batch: Batch, logits: Tensor, loss: Tensor, class_loss: Tensor) -> None:
+    def _bookkeep(self, correct: Tensor, count: int, loss: Tensor, class_loss: Tensor) -> None:
         """Add to the running sums and look for non-finite losses, all on the device."""
-        count = len(batch.label)
-        correct = (logits.argmax(dim=1) == batch.label).sum()
-        fits = self.heads.last_fit if self.heads else logits.new_zeros(0)
-        penalty = self.heads.last_penalty if self.heads else logits.new_zeros(())
+        fits = self.heads.last_fit if self.heads else class_loss.new_zeros(0)
+        penalty = self.heads.last_penalty if self.heads else class_loss.new_zeros(())
         fit = fits.mean() if len(fits) else penalty
         values = [loss * count, class_loss * count, fit * count, penalty * count, correct, float(count)]
         self.window.add(*values)
@@ -296,7 +303,10 @@ class Trainer:
         online = self.heads.metrics("online", reset=False) if self.heads else []
         row["val"], val_rows = self._evaluate("val")
         row["heads"] = self._head_rows("train", "online", online) + val_rows
-        due = (progress.epoch + 1) % run.eval_every == 0 or progress.epoch + 1 == self.config.train.epochs
+        last = progress.epoch + 1 == self.config.train.epochs or (
+            row["val"]["accuracy"] <= progress.best and self._ends(progress.epoch + 1)
+        )
+        due = last or (progress.epoch + 1) % run.eval_every == 0
         if due and self.heads is not None:
             if any_rank(self._terminated, self.world.device):
                 self._save(best=False, terminated=True)

@@ -30,7 +30,7 @@ LEVELS = (
     ("rlp.kernels",),
     ("rlp.losses", "rlp.data", "rlp.optim", "rlp.meters", "rlp.checkpoint", "rlp.progress", "rlp.runlog"),
     ("rlp.models",),
-    ("rlp.runfolder", "rlp.headplan", "rlp.evaluate", "rlp.trainer", "rlp.build"),
+    ("rlp.runfolder", "rlp.headplan", "rlp.regularisers", "rlp.evaluate", "rlp.trainer", "rlp.build"),
     ("rlp.measure",),
     ("rlp.report",),
     ("rlp.reproduce",),

@@ -80,6 +80,36 @@ def train_batches(order: np.ndarray, batch_size: int, rank: int, size: int) -> n
     return order[: steps * batch_size].reshape(steps, batch_size)[:, rank * local : (rank + 1) * local]
 
 
+def balanced_batches(
+    order: np.ndarray, label: np.ndarray, batch_size: int, splits: int, seed: int, epoch: int
+) -> np.ndarray:
+    """Batches of ``splits`` splits with equal class lists, int64 ``[steps, batch_size]``, split after split.
+
+    Every class is cut into groups of ``splits`` samples in the epoch's order; the groups of all classes are shuffled,
+    and ``batch_size / splits`` of them make a batch, of which each split takes one sample of every group. So classes
+    are as frequent as in the set, up to fewer than ``splits`` samples a class and the incomplete last batch, which are
+    left out.
+
+    Args:
+        order: int64 ``[N]`` from :func:`epoch_order`.
+        label: int64 ``[N]``, the class of each sample of ``order``.
+        batch_size: samples a step, a multiple of ``splits``.
+        splits: samples of a group.
+        seed: of the groups' order, with ``epoch``.
+        epoch: integer in [0, 2^32).
+    """
+    groups = []
+    for value in np.unique(label):
+        mine = order[label == value]
+        groups.append(mine[: len(mine) // splits * splits].reshape(-1, splits))
+    cut = np.concatenate(groups)
+    words = random_bits(seed, "order.groups", cut[:, 0], 2, epoch)
+    cut = cut[np.lexsort((words[:, 1], words[:, 0]))]
+    each = batch_size // splits
+    steps = len(cut) // each
+    return cut[: steps * each].reshape(steps, each, splits).transpose(0, 2, 1).reshape(steps, batch_size)
+
+
 def eval_ids(ids: np.ndarray, rank: int, size: int) -> np.ndarray:
     """Every ``size``-th sample from ``rank`` on: over the ranks each sample occurs once, without padding."""
     return ids[rank::size]
@@ -91,7 +121,8 @@ class Schedule:
 
     ``ids`` int64 ``[N]`` are the samples of the view in file order, ``batch_size`` counts over all ranks. Training
     shuffles and drops the incomplete last batch; evaluation goes through the file and keeps a ragged last batch, and so
-    does training that is not to ``shuffle``: its images are moved all the same.
+    does training that is not to ``shuffle``: its images are moved all the same. With ``splits`` training takes
+    :func:`balanced_batches` by ``label`` int64 ``[N]``, on one rank.
     """
 
     ids: np.ndarray
@@ -101,6 +132,8 @@ class Schedule:
     rank: int
     size: int
     shuffle: bool = True
+    splits: int = 0
+    label: np.ndarray | None = None
 
     @property
     def local_size(self) -> int:
@@ -110,6 +143,8 @@ class Schedule:
     @property
     def steps(self) -> int:
         """Steps an epoch on this rank; for evaluation the ranks may differ by one."""
+        if self.label is not None and self.splits:
+            return int((np.bincount(self.label) // self.splits).sum()) // (self.batch_size // self.splits)
         if self.train and self.shuffle:
             return len(self.ids) // self.batch_size
         return -(-len(eval_ids(self.ids, self.rank, self.size)) // self.local_size)
@@ -120,6 +155,9 @@ class Schedule:
             raise ValueError(f"start is {start}; expected 0 to {self.steps}, the steps of an epoch")
         if self.train and self.shuffle:
             order = epoch_order(self.seed, epoch, self.ids)
+            if self.label is not None and self.splits:
+                label = self.label[np.searchsorted(self.ids, order)]  # ids are in file order
+                return list(balanced_batches(order, label, self.batch_size, self.splits, self.seed, epoch)[start:])
             return list(train_batches(order, self.batch_size, self.rank, self.size)[start:])
         mine, local = eval_ids(self.ids, self.rank, self.size), self.local_size
         return [mine[first : first + local] for first in range(start * local, len(mine), local)]

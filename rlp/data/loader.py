@@ -31,6 +31,7 @@ def open_loader(
     workers: int = 0,
     verify: bool = False,
     shuffle: bool = True,
+    splits: int = 0,
 ) -> Loader:
     """Open a set and choose how to load it.
 
@@ -48,6 +49,8 @@ def open_loader(
         workers: threads of this rank that decode or gather; 0 = the usable cores over the ranks of this machine.
         verify: hash the whole set first; a resident set, which is read as a whole, is always hashed.
         shuffle: False for training images, moved as in training, once each and in the order of the view.
+        splits: cut training batches into so many splits with equal class lists
+            (:func:`rlp.data.batch.balanced_batches`), on one process; 0 for batches in random order.
 
     Raises:
         UserError: names the key or file that does not fit.
@@ -63,7 +66,10 @@ def open_loader(
         beton.check_hashes()
     seen = view if isinstance(view, View) else make_view(beton, view or ViewOptions())
     _check_batches(beton, seen, train and shuffle, batch_size, world)
-    schedule = Schedule(seen.ids, train, batch_size, seed, world.rank, world.size, shuffle)
+    label = seen.label[seen.ids] if splits else None
+    schedule = Schedule(seen.ids, train, batch_size, seed, world.rank, world.size, shuffle, splits, label)
+    if splits:
+        _check_splits(schedule)
     workers = workers or _auto_workers(world)
     if chosen == "resident":
         return ResidentLoader(beton, seen, schedule, world.device, geometry, workers)
@@ -107,6 +113,19 @@ def _choose(kind: str, beton: Beton, limit: int, image_size: int) -> str:
             raise UserError("data.loader is ffcv, but FFCV is not installed; install it or set data.loader to resident")
         raise UserError(f"{obstacle}, which needs FFCV, and FFCV is not installed; install it or {remedy}")
     return chosen
+
+
+def _check_splits(schedule: Schedule) -> None:
+    splits, size = schedule.splits, schedule.size
+    if size > 1:
+        raise UserError(f"train.bilevel is {splits}, which needs whole batches, on {size} ranks; expected one process")
+    if schedule.batch_size % splits:
+        raise UserError(f"data.batch_size is {schedule.batch_size}; expected a multiple of the {splits} splits")
+    if not schedule.steps:
+        raise UserError(
+            f"the {len(schedule.ids)} training samples give no batch of {schedule.batch_size} in which {splits} splits "
+            "have equal class lists; expected more samples a class, or a smaller data.batch_size"
+        )
 
 
 def _check_batches(beton: Beton, view: View, train: bool, batch_size: int, world: World) -> None:

@@ -21,6 +21,7 @@ from rlp.distributed import choose_device
 from rlp.errors import UserError
 from rlp.models import build_model, default_taps
 from rlp.philox import random_bits
+from rlp.regularisers import hang_tied_dropout
 from rlp.runfolder import check_same_run
 from rlp.runlog import read_summary
 from rlp.schema import DataConfig, TrainConfig
@@ -231,6 +232,7 @@ def _network(
             model.load_state_dict(weights)
         except RuntimeError as error:
             raise UserError(f"{file} does not fit the model of the run: {str(error).splitlines()[-1]}") from error
+    hang_tied_dropout(model, config.train, config.run.seed)
     model.requires_grad_(False).eval().to(device)
     if config.model.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

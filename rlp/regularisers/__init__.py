@@ -1,0 +1,34 @@
+"""Regularisers that change how a batch becomes the class loss: at most one of them beside the heads.
+
+A regulariser is a :class:`rlp.regularisers.class_loss.ClassLoss`; :func:`regulariser_of` makes the run's.
+"""
+
+from torch import nn
+
+from rlp.regularisers.bilevel import Bilevel
+from rlp.regularisers.class_loss import ClassLoss, ClassStep, Plain, pass_for_heads
+from rlp.regularisers.mixing import Mixing
+from rlp.regularisers.taps import modules_at
+from rlp.regularisers.tied_dropout import Tied, hang_tied_dropout, tied_dropout_of
+from rlp.schema import TrainConfig
+
+__all__ = ["ClassLoss", "ClassStep", "hang_tied_dropout", "pass_for_heads", "regulariser_of"]
+
+
+def regulariser_of(config: TrainConfig, model: nn.Module) -> ClassLoss:
+    """The class loss that ``config.train`` asks for, of a network that :func:`rlp.build.build_network` made.
+
+    Raises:
+        UserError: a tap does not exist.
+    """
+    train, seed = config.train, config.run.seed
+    if train.mixup:
+        return Mixing(train.mixup, seed, train.label_smoothing)
+    if train.manifold_mixup:
+        modules = modules_at(model, train.manifold_taps, "train.manifold_taps")
+        return Mixing(train.manifold_mixup, seed, train.label_smoothing, modules)
+    if train.bilevel:
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return Bilevel(trained, train.bilevel, train.bilevel_mu, train.label_smoothing)
+    tied = tied_dropout_of(model)
+    return Plain(train.label_smoothing) if tied is None else Tied(tied, train.label_smoothing)

@@ -1,0 +1,73 @@
+"""Deep Bilevel Learning: the step is the one that helps on samples which the step has not seen.
+
+A batch is cut into splits with equal class lists; split 0 is for validation. With the gradients g_i of the splits'
+losses, the network goes along ``Σ_{i≥1} ω_i g_i`` where
+
+    ω_i = g_0 · g_i / (|g_i|² + μ), then divided by Σ |ω_i|
+
+so a split whose step would raise the validation loss is even taken back (Jenni and Favaro, "Deep Bilevel Learning",
+ECCV 2018, arXiv 1809.01465). Gradients are of the class loss in the network's parameters: heads have no part in ω, and
+a penalty's gradient and the optimiser's weight decay are added after it. Batch norm sees one split at a time.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+import torch.nn.functional as F
+
+from rlp.data.batch import Batch
+from rlp.progress import Progress
+from rlp.regularisers.class_loss import ClassStep, Forward, count_correct
+
+_SMALLEST = 1e-30
+
+
+class Bilevel:
+    """A :class:`rlp.regularisers.class_loss.ClassLoss` of batches from ``open_loader(splits=...)``, on one process.
+
+    Costs as many passes over samples as plain training, split by split, and the memory of a gradient for each split.
+
+    Args:
+        parameters: of the network, those that train.
+        splits: how many, at least 2.
+        mu: μ >= 0, against small gradients.
+        label_smoothing: in every split's loss.
+    """
+
+    clean = False
+
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], splits: int, mu: float = 0.01, label_smoothing: float = 0.0
+    ) -> None:
+        self.parameters, self.splits, self.mu, self.label_smoothing = parameters, splits, mu, label_smoothing
+
+    def step(self, forward: Forward, image: Tensor, batch: Batch, progress: Progress) -> ClassStep:
+        """One pass for each split. The loss is the splits' mean, and its gradient the weighted one."""
+        values, rights, gradients = [], [], []
+        for part, label in zip(image.chunk(self.splits), batch.label.chunk(self.splits), strict=True):
+            logits = forward(part).float()
+            loss = F.cross_entropy(logits, label, label_smoothing=self.label_smoothing)
+            gradients.append(self._gradient(loss))
+            values.append(loss.detach())
+            rights.append(count_correct(logits, label))
+        direction = weighted_direction(torch.stack(gradients), self.mu)
+        # A sum that is zero, and whose gradient in the parameters is the direction.
+        along = flat(self.parameters) @ direction
+        return ClassStep(torch.stack(values).mean() + (along - along.detach()), torch.stack(rights).sum())
+
+    def _gradient(self, loss: Tensor) -> Tensor:
+        with torch.autocast(loss.device.type, enabled=False):
+            return flat(torch.autograd.grad(loss, self.parameters, materialize_grads=True))
+
+
+def weighted_direction(gradients: Tensor, mu: float) -> Tensor:
+    """``Σ ω_i g_i`` ``[P]`` of gradients ``[splits, P]``, of which the first is the validation split's."""
+    validation, rest = gradients[0], gradients[1:]
+    weights = (rest @ validation) / (rest.square().sum(1) + mu)
+    return (weights / weights.abs().sum().clamp_min(_SMALLEST)) @ rest
+
+
+def flat(tensors: Sequence[Tensor]) -> Tensor:
+    """All values in one vector."""
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])

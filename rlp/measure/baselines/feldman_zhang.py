@@ -5,7 +5,7 @@
 (Feldman and Zhang, "What neural networks memorize and why", NeurIPS 2020, arXiv 2008.03703;
 Feldman, "Does learning require memorization?", STOC 2020). y is the given label. The two probabilities are shares of
 copies of the run, each trained from fresh weights on a subset of its own. The paper has 2,000 to 4,000 copies; with 60
-the standard error of one score is about 0.1, its largest 0.16, and the split-half ρ says how far ranks can be trusted.
+the standard error of one score is about 0.08 (0.13 at most), and the split-half ρ says how far ranks can be trusted.
 
 Cost: 60 times 0.7 of the run's training, kept in the run's cache. Non-members have no score: no copy trains on them.
 """

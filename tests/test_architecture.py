@@ -34,6 +34,7 @@ LEVELS = (
     ("rlp.measure",),
     ("rlp.report",),
     ("rlp.reproduce",),
+    ("rlp.sweep",),
     ("train_rlp", "data_prep", "benchmarks", "examples", "tests"),
 )
 FACADE = "rlp"  # the package's own file gathers the public names
@@ -46,9 +47,17 @@ KEEPERS = {
     "fastargs": ("rlp.config",),
     "timm": ("rlp.models.backbone",),
     "torchvision": ("rlp.models.backbone", "benchmarks"),
-    "matplotlib": ("rlp.report", "rlp.reproduce.figure", "rlp.measure.compare_figure", "scripts", "benchmarks"),
+    "matplotlib": (
+        "rlp.report",
+        "rlp.reproduce.figure",
+        "rlp.sweep.figure",
+        "rlp.measure.compare_figure",
+        "scripts",
+        "benchmarks",
+    ),
     "tensorboard": ("rlp.runlog",),
     "cv2": ("benchmarks",),
+    "optuna": ("rlp.sweep",),
     "pyarrow": ("data_prep.parquet", "rlp.measure.scores", "rlp.report.page_scores"),
     "pandas": ("rlp.measure.scores",),
 }
@@ -66,6 +75,7 @@ BLOCKED = (
     "tensorboard",
     "yaml",
     "cv2",
+    "optuna",
 )
 BOUND = (
     "rlp.data.compiled",

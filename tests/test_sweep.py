@@ -170,6 +170,7 @@ def test_selection_shares_no_sample_with_training_nor_with_the_fresh_heads(tmp_p
     group = non_members(sweep.base.data)
     rows = selection_rows(group, sweep.space.selection)
     options = probe_options(sweep, sweep.all_trials()[0])
+    assert options.samples is not None
     assert options.samples == len(group.ids) - len(rows)
     probed = group.first(options.samples, options.seed).view.ids
     assert sorted([*rows, *probed]) == sorted(group.view.ids)  # each non-member on one side

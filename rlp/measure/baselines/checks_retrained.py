@@ -5,24 +5,17 @@ The network of ``configs/digits_mlp.yaml``, trained by the scripts of a checkout
 
 from collections.abc import Sequence
 from functools import cache
-import os
 from pathlib import Path
-import subprocess
-import sys
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
-import rlp
-from rlp.errors import UserError
 from rlp.measure.baselines import dynamics, feldman_zhang, lira
-from rlp.measure.baselines.check import CheckResult
+from rlp.measure.baselines.check import CheckResult, train_digits, write_digits
 from rlp.measure.baselines.interface import Findings, Subject
 from rlp.measure.estimate import Estimate, mean_estimate
 from rlp.measure.run import open_run
-
-ROOT = Path(rlp.__file__).resolve().parent.parent
 
 _CARD = "card: 8 px digits, 4 x 256 ReLU MLP, 800 samples, 20% of wrong labels"
 
@@ -60,46 +53,20 @@ def check_lira(seeds: Sequence[int] = (0, 1, 2), small: bool = False) -> list[Ch
 @cache
 def _subject(seed: int) -> Subject:
     """Members and non-members of a run of this seed, which all checks of a process share."""
-    return Subject.of(open_run(_trained(seed), device="cpu"), seed=seed)
-
-
-def _trained(seed: int) -> Path:
-    folder = _data()
-    run = folder / f"seed{seed}"
-    data = [f"--data.{split}={folder / split}.beton" for split in ("train", "val")]
-    noisy = ["--data.label_noise=0.2", "--heads.taps=[]", "--run.eval_every=100", f"--run.seed={seed}"]
-    _script("train_rlp.py", "configs/digits_mlp.yaml", *data, *noisy, f"--run.dir={run}")
-    return run
+    files = _files()
+    run = train_digits(files, files["train"].parent / f"seed{seed}", seed, data__label_noise=0.2)
+    return Subject.of(open_run(run, device="cpu"), seed=seed)
 
 
 @cache
-def _data() -> Path:
-    """A folder with the digits as .beton, which lives as long as the process."""
-    folder = Path(_scratch().name)
-    outputs = [f"--output.{split}={folder / split}.beton" for split in ("train", "val")]
-    _script("data_prep/write_datasets.py", "configs/data/digits8.yaml", "--output.workers=1", *outputs)
-    return folder
+def _files() -> dict[str, Path]:
+    return write_digits(Path(_scratch().name))
 
 
 @cache
-def _scratch() -> Any:
+def _scratch() -> TemporaryDirectory[str]:
+    """A folder that lives as long as the process."""
     return TemporaryDirectory(prefix="rlp-check-")
-
-
-def _script(name: str, config: str, *options: str) -> None:
-    """Run a script of the checkout, quietly.
-
-    Raises:
-        UserError: there is no checkout, or the script failed.
-    """
-    if not (ROOT / name).is_file():
-        raise UserError(f"{ROOT / name} is missing; expected a checkout of the repository, whose scripts checks use")
-    command = [sys.executable, str(ROOT / name), "--config", str(ROOT / config), *options]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    finished = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if finished.returncode:
-        last = (finished.stderr or finished.stdout).strip().splitlines()[-1:]
-        raise UserError(f"{name} ended with status {finished.returncode}: {' '.join(last)}; expected it to succeed")
 
 
 def _result(

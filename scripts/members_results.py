@@ -135,13 +135,12 @@ def figure(rows: dict[str, dict[str, list[Row]]], trained: dict[str, list[float]
     left.set(
         xlabel="κ at the last layer (n = 10)", xlim=(-0.01, None), title="Fresh heads, converged: D, N and n alone"
     )
-    right.set(
-        xlabel="Δ = κ(members) − κ(non-members), small budget", title="Small budget: overfitted networks differ"
-    )
+    right.set(xlabel="Δ = κ(members) − κ(non-members), small budget", title="Small budget: overfitted networks differ")
     right.axvline(0, color="black", linewidth=0.8)
     for axes in (left, right):
         axes.grid(axis="x", alpha=0.3)
-        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.45, -0.14), ncols=5, columnspacing=1, frameon=False)
+        place = {"loc": "upper center", "bbox_to_anchor": (0.45, -0.14)}
+        axes.legend(fontsize=8, ncols=5, columnspacing=1, frameon=False, **place)
     return found
 
 

@@ -112,7 +112,7 @@ def test_what_was_found_is_kept_until_something_it_depends_on_changes(
     (runs[1] / "measure" / "baselines" / "loss.json").write_text("{")
     collect.collect(runs[1], ["loss"], taps=["block3"], samples=30)
     assert len(calls) == 5
-    monkeypatch.setattr(collect, "_code_of", lambda name: "another version")
+    monkeypatch.setattr(collect, "_code", lambda: "another version")
     collect.collect(runs[1], ["loss"], taps=["block3"], samples=30)
     assert len(calls) == 6
 

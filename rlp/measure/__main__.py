@@ -2,7 +2,7 @@
 
 probe reads a finished run with fresh heads on fresh random labels, beside every control; pool joins the probes of runs
 that differ in their seed; crossover trains two networks on complementary halves and compares each sample with itself;
-compare sets the field's other measures beside ours.
+compare sets the field's other measures beside ours; check holds those to figures that are known of them.
 Exit status: 0; 2 for a user's mistake; 130 after Ctrl-C.
 """
 
@@ -20,6 +20,7 @@ import torch
 from rlp.errors import UserError, exit_on_user_error
 from rlp.files import write_atomically
 from rlp.measure import pooling
+from rlp.measure.check_command import add_check
 from rlp.measure.compare_command import add_compare
 from rlp.measure.crossover import add_crossover
 from rlp.measure.pooled_table import pooled_table
@@ -111,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_pool(commands)
     add_crossover(commands)
     add_compare(commands)
+    add_check(commands)
     return parser
 
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 import hashlib
-from importlib import import_module
 import json
 from pathlib import Path
 import time
@@ -92,7 +92,7 @@ def collect(
 
 def _taken(name: str, subject: Subject, settings: dict[str, Any], say: Any) -> Found:
     taken = load_measure(name)
-    key = {**settings, "code": _code_of(name)}
+    key = {**settings, "code": _code()}
     path = subject.run.dir / FOLDER / f"{name}.json"
     if (found := _kept(path, key)) is not None:
         return found
@@ -106,10 +106,11 @@ def _taken(name: str, subject: Subject, settings: dict[str, Any], say: Any) -> F
     return found
 
 
-def _code_of(name: str) -> str:
-    """Hash of the measure's module: what an older version found is not taken for this one's."""
-    file = import_module(f"rlp.measure.baselines.{name}").__file__
-    return hashlib.sha256(Path(str(file)).read_bytes()).hexdigest()
+@cache
+def _code() -> str:
+    """Hash of all modules beside this one: what an older version found is not taken for this one's."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def _kept(path: Path, key: dict[str, Any]) -> Found | None:

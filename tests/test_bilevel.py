@@ -1,0 +1,174 @@
+"""Deep Bilevel Learning: weights held to loops, batches of splits with equal class lists, heads left out."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_trainer import Stopped, drop_seconds, make_trainer, stop_at
+from tiny_run import assert_same_tensors, final_state, tiny_config, write_tiny_sets
+import torch
+from torch import Tensor, nn
+import torch.nn.functional as F
+
+from rlp.build import build_data
+from rlp.data.batch import Batch, Schedule, balanced_batches, epoch_order
+from rlp.distributed import World
+from rlp.errors import UserError
+from rlp.measure.baselines.check_training import check_bilevel
+from rlp.measure.estimate import Estimate
+from rlp.progress import Progress
+from rlp.regularisers.bilevel import Bilevel
+
+SPLITS, EACH, CLASSES = 4, 3, 5
+BILEVEL: dict[str, Any] = {"train__bilevel": 5}  # of 20 images, 4 a split
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_tiny_sets(tmp_path)
+    return tmp_path
+
+
+def gradients(model: nn.Module, batch: Batch, smoothing: float) -> list[list[Tensor]]:
+    """Of every split, parameter by parameter, each from a backward pass of its own."""
+    found = []
+    for start in range(0, SPLITS * EACH, EACH):
+        model.zero_grad()
+        rows = slice(start, start + EACH)
+        F.cross_entropy(model(batch.image[rows]), batch.label[rows], label_smoothing=smoothing).backward()
+        found.append([parameter.grad.double() for parameter in model.parameters() if parameter.grad is not None])
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize(("mu", "smoothing"), [(0.01, 0.0), (1.0, 0.1)])
+def test_the_gradient_is_the_weighted_one(mu: float, smoothing: float) -> None:
+    """ω_i = <g_0, g_i> / (|g_i|² + μ), divided by Σ|ω_i|; spelt out in float64."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 2), nn.ReLU(), nn.Flatten(), nn.Linear(36, CLASSES))
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    label = torch.arange(SPLITS * EACH) % CLASSES
+    batch = Batch(torch.randn(SPLITS * EACH, 3, 4, 4), label, label, label[:, None])
+    validation, *rest = gradients(model, batch, smoothing)
+    omegas = []
+    for gradient in rest:
+        dot = sum((a * b).sum() for a, b in zip(validation, gradient, strict=True))
+        omegas.append(float(dot / (sum((a * a).sum() for a in gradient) + mu)))
+    size = sum(abs(omega) for omega in omegas)
+    assert min(omegas) < 0 < max(omegas)  # a split is taken back too
+
+    losses = Bilevel(list(model.parameters()), SPLITS, mu, smoothing)
+    found = losses.step(model, batch.image, batch, Progress())
+    (2 * found.loss).backward()  # as a scaler or an accumulated step would
+    for place, parameter in enumerate(model.parameters()):
+        expected = 2 * sum(omega / size * gradient[place] for omega, gradient in zip(omegas, rest, strict=True))
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad.double(), expected, rtol=1e-4, atol=1e-6)
+    logits = model(batch.image)
+    torch.testing.assert_close(found.loss, F.cross_entropy(logits, label, label_smoothing=smoothing))
+    assert found.correct == (logits.argmax(1) == label).sum()
+
+
+def test_frozen_parameters_and_those_that_take_no_part_are_let_alone() -> None:
+    model = nn.ModuleDict({"used": nn.Linear(4, CLASSES), "idle": nn.Linear(2, 2)})
+    model["used"].bias.requires_grad_(False)  # type: ignore[union-attr]
+    label = torch.arange(8) % 2
+    batch = Batch(torch.randn(8, 4), label, label, label[:, None])
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    Bilevel(trained, 2).step(model["used"], batch.image, batch, Progress()).loss.backward()
+    assert model["used"].weight.grad.abs().sum() > 0  # type: ignore[union-attr]
+    assert model["used"].bias.grad is None
+    assert not model["idle"].weight.grad.any()  # type: ignore[union-attr]
+
+
+def test_batches_have_splits_with_equal_class_lists() -> None:
+    random = np.random.default_rng(0)
+    ids = np.sort(random.choice(5000, 1003, replace=False))
+    label = random.choice(CLASSES, 1003, p=[0.4, 0.3, 0.2, 0.08, 0.02])
+    of = dict(zip(ids.tolist(), label.tolist(), strict=True))
+    schedule = Schedule(ids, True, 64, 3, 0, 1, splits=8, label=label)
+    first, second = schedule.batches(0), schedule.batches(1)
+    assert len(first) == len(second) == schedule.steps
+    lists = set()
+    for batch in first:
+        classes = [sorted(of[row] for row in split) for split in batch.reshape(8, 8).tolist()]
+        assert all(one == classes[0] for one in classes)
+        lists.add(tuple(classes[0]))
+    assert len(lists) > len(first) / 2  # the lists are drawn, not the same over again
+    seen = np.concatenate(first)
+    assert len(set(seen.tolist())) == len(seen) >= 1003 - CLASSES * 7 - 63
+    assert not np.array_equal(seen, np.concatenate(second))
+    again = Schedule(ids, True, 64, 3, 0, 1, splits=8, label=label).batches(1, 2)
+    assert all(np.array_equal(a, b) for a, b in zip(again, second[2:], strict=True))
+    other = balanced_batches(epoch_order(4, 0, ids), label, 64, 8, 4, 0)
+    assert not np.array_equal(other.ravel(), seen)
+
+
+def test_the_loader_gives_such_batches_by_given_labels(folder: Path) -> None:
+    data = build_data(tiny_config(folder, **BILEVEL, data__label_noise=0.3), World())
+    batches = list(data.train.epoch(0))
+    assert len(batches) == data.train.steps
+    for batch in batches:
+        splits = batch.label.view(5, 4).sort(1).values
+        assert (splits == splits[0]).all()
+    data.close()
+
+
+def test_lambda_zero_changes_nothing(folder: Path) -> None:
+    """Contract 1: heads have no part in the weights, and their pass leaves nothing behind."""
+    changes = {**BILEVEL, "train__clip_norm": 0.5}
+    with_heads = make_trainer(folder, "with", **changes)
+    with_heads.fit()
+    without = make_trainer(folder, "without", **changes, heads__taps=[])
+    without.fit()
+    assert_same_tensors(with_heads.model.state_dict(), without.model.state_dict())
+    assert with_heads.heads is not None
+    assert int(with_heads.heads.steps) == with_heads.progress.step
+
+
+def test_resume_is_exact_within_an_epoch(folder: Path) -> None:
+    changes = {**BILEVEL, "run__checkpoint_every": 1, "heads__lam": 0.5}
+    whole = make_trainer(folder, "whole", **changes)
+    expected = whole.fit()
+    broken = make_trainer(folder, "broken", **changes)
+    stop_at(broken, whole.data.train.steps + 2)
+    with pytest.raises(Stopped):
+        broken.fit()
+    saved = final_state(folder / "broken")
+    resumed = make_trainer(folder, "resumed", **changes)
+    resumed.load_state(saved)
+    assert drop_seconds(resumed.fit()) == drop_seconds(expected)
+    for key in ("model", "heads", "optimizers", "random_states"):
+        assert_same_tensors(whole.state()[key], resumed.state()[key], key)
+
+
+def test_autocast_and_accumulation_go_together_with_it(folder: Path) -> None:
+    trainer = make_trainer(folder, "run", **BILEVEL, train__amp="bf16", train__accumulate=2, train__epochs=1)
+    assert trainer.fit()["train"]["loss"] < 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train__bilevel": 1}, "train.bilevel is 1; expected an integer, 0 or at least 2"),
+        ({"train__bilevel": 3}, "data.batch_size is 20, which 3 splits"),
+        ({**BILEVEL, "train__amp": "fp16"}, "expected train.amp none or bf16"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(folder: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        tiny_config(folder, **changes)
+
+
+def test_ranks_and_too_few_samples_are_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match="on 2 ranks; expected one process"):
+        build_data(tiny_config(folder, **BILEVEL), World(rank=0, size=2))
+    with pytest.raises(UserError, match="give no batch of 100 in which 50 splits have equal class lists"):
+        build_data(tiny_config(folder, train__bilevel=50, data__batch_size=100), World())
+
+
+def test_the_cards_check_passes() -> None:
+    for result in check_bilevel(seeds=(0,), small=True):
+        found = result.found.mean if isinstance(result.found, Estimate) else result.found
+        assert result.expected[0] <= found <= result.expected[1], result

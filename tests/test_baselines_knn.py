@@ -1,6 +1,7 @@
 """k-NN in features and prediction depth: against loops, P_SAME = MA·acc + MD·(1 − acc), and the figures of the card."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +117,17 @@ def test_agreement_is_counted_among_the_asked_samples_alone() -> None:
     pair = knn._Pair(np.array([1, 1]), np.array([1, 0]), np.array([True, False]))
     assert pair.share == 1.0
     assert pair.chance == 1.0
+
+
+def test_md_without_a_wrong_member_is_that_of_the_others(subject: Subject) -> None:
+    logits = torch.nn.functional.one_hot(torch.from_numpy(subject.members.given), 4).float()
+    right = replace(subject, members=replace(subject.members, logits=logits))
+    rows = {row.quantity: row for row in knn.measure(right, k=5).rows if row.tap == "input"}
+    assert "MD" not in rows
+    alone = rows["MD of non-members"]
+    wrong = subject.non_members.logits.argmax(1).numpy() != subject.non_members.given
+    assert (alone.count, alone.non_members, alone.controls) == (wrong.sum(), None, {})
+    assert rows["MA"].non_members is not None
 
 
 def test_prediction_depth_is_that_of_a_loop() -> None:

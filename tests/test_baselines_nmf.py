@@ -34,7 +34,7 @@ def test_factors_are_as_good_as_scikit_learns() -> None:
     a = torch.from_numpy(np.random.default_rng(0).gamma(1.0, size=(3, 30, 12))).float()
     ours = relative_error(a, non_negative(a, 4, generator()))
     for matrix, error in zip(a.double().numpy(), ours.tolist(), strict=True):
-        theirs = NMF(4, solver="mu", init="random", random_state=0, max_iter=400)
+        theirs = NMF(4, solver="mu", init="random", random_state=0, max_iter=400)  # pyright: ignore[reportArgumentType]
         found = theirs.fit_transform(matrix) @ theirs.components_
         assert error < 1.03 * np.linalg.norm(matrix - found) / np.linalg.norm(matrix)
 

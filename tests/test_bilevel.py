@@ -15,7 +15,7 @@ from rlp.build import build_data
 from rlp.data.batch import Batch, Schedule, balanced_batches, epoch_order
 from rlp.distributed import World
 from rlp.errors import UserError
-from rlp.measure.baselines.check_training import check_bilevel
+from rlp.measure.baselines.checks_training import check_bilevel
 from rlp.measure.estimate import Estimate
 from rlp.progress import Progress
 from rlp.regularisers.bilevel import Bilevel

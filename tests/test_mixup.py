@@ -21,7 +21,7 @@ from rlp.data.batch import Batch
 from rlp.distributed import World, connect
 from rlp.errors import UserError
 from rlp.measure.baselines.check import CheckResult
-from rlp.measure.baselines.check_training import check_mixup
+from rlp.measure.baselines.checks_training import check_mixup
 from rlp.measure.estimate import Estimate
 from rlp.models.backbone import build_model, import_timm
 from rlp.progress import Progress

@@ -1,8 +1,8 @@
 """Shared structure: what a shallow classifier learns of shuffled labels from a network's features (Chaibub Neto 2018).
 
-"Using permutations to detect, quantify and correct for ... shared structure", in the form of its card: a 1-nearest-
-neighbour classifier reads features of the training images, and is validated on another view of each image, which has
-the same, shuffled, label. With labels that say nothing only knowing the sample again can help, so
+"Detecting Learning vs Memorization in Deep Neural Networks using Shared Structure Validation Sets", arXiv 1802.07714. A
+shallow classifier, here 1-nearest-neighbour, reads features of the training images, and is validated on another view of
+each image, which has the same, shuffled, label. With labels that say nothing only knowing the sample again can help, so
 
 - memorisation: accuracies a_b of B = 999 shuffles above chance;
 - learning: p = (1 + #{a_b ≥ a*}) / (B + 1), a* with the given labels.

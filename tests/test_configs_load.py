@@ -24,6 +24,7 @@ TAPS = {
     "digits_cnn": 3,
     "digits_mlp": 4,
     "cifar10_wrn16_4": 4,
+    "cifar10_small_cnn": 4,
     "cifar100_wrn16_4": 4,
     "cifar100_vgg16": 5,
     "imagenet_vit_b32": 12,

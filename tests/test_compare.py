@@ -61,6 +61,9 @@ def test_the_command_prints_every_table_with_controls_and_intervals(
     content = json.loads((tmp_path / "compare.json").read_text())
     assert {row["planted"] for row in content["planted"]} == {"wrong label", "noise"}
     assert all(row["chance"] == 0.5 and row["members"]["low"] is not None for row in content["planted"])
+    own = json.loads((runs[2] / "measure" / "baselines" / "rows.json").read_text())
+    assert own["planted"] == [row for row in content["planted"] if row["run"] == "c"]
+    assert own["findings"] == [row for row in content["findings"] if row["run"] == "c"]
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -140,6 +140,32 @@ def test_a_page_has_every_section_of_a_probed_run(page: Page) -> None:
     assert "is missing" not in page.text
 
 
+def test_other_measures_are_shown_where_a_run_was_compared(tmp_path: Path) -> None:
+    run, plain = made_up(tmp_path / "run"), made_up(tmp_path / "plain", seed=1)
+    assert "Other measures" not in checked(write_page([run]).read_text("utf-8")).text
+    estimate = {"mean": 0.875, "low": 0.75, "high": 0.9375}
+    finding = {"measure": "knn", "quantity": "MA", "tap": "block3", "count": 60, "chance": None, "value": estimate,
+               "non_members": None, "controls": {"untrained <b>": 0.25}, "settings": "k = 30"}  # fmt: skip
+    planted = {"score": "feldman_zhang", "planted": "wrong label", "N": 60, "count": 12, "chance": 0.5}
+    planted |= {"members": estimate, "non_members": {"mean": 0.5, "low": None, "high": None}}
+    folder = run / "measure" / "baselines"
+    folder.mkdir(parents=True)
+    (folder / "rows.json").write_text(json.dumps({"findings": [finding], "planted": [planted]}))
+    text = checked(write_page([run, plain], tmp_path / "page.html").read_text("utf-8")).text
+    for words in (
+        "Other measures",
+        "feldman_zhang",
+        "0.875 [0.750, 0.938]",
+        "untrained <b> 0.250",
+        "k = 30",
+        "wrong label",
+    ):
+        assert words in text
+    (folder / "rows.json").write_text("{")
+    with pytest.raises(UserError, match=r"rows.json is damaged"):
+        write_page([run])
+
+
 def test_every_reading_is_in_the_table_with_all_its_columns(trained: Path, page: Page) -> None:
     rows = json.loads((trained / "measure/probe.json").read_text("utf-8"))["rows"]
     wanted = {"n", "N", "D", "draws", "chance", "κ members", "κ non-members", "Δ"}

@@ -53,7 +53,8 @@ def compare(
 ) -> Comparison:
     """Take every measure of every run, or what is kept of it, and set them side by side.
 
-    Beside each run ``measure/baselines/scores.parquet`` and ``.csv`` are written: a row a sample, a column a score.
+    In each run's ``measure/baselines`` are written ``scores.parquet`` and ``.csv``, a row a sample and a column a
+    score, and ``rows.json``, the run's own findings and AUROCs, which the report page shows.
 
     Args:
         run_dirs: folders of finished runs, each once.
@@ -70,11 +71,11 @@ def compare(
     for path in paths:
         tell = None if say is None else lambda name, path=path: say(f"{path}: {name}")
         found.append(collect(path, measures, taps=taps, samples=samples, seed=seed, device=device, say=tell))
-        _save_table(found[-1])
+        _save_own(found[-1])
     facts = [_facts(each) for each in found]
     return Comparison(
         runs=[_run_row(each) for each in found],
-        findings=[_finding_row(each, row) for each in found for row in _every_row(each)],
+        findings=[row for each in found for row in _findings(each)],
         planted=[row for each in found for row in _planted_rows(each)],
         agreement=agreement_rows([each.scores("members") for each in found], seed),
         granulated=granulated_rows(facts, seed),
@@ -88,11 +89,13 @@ def save_comparison(comparison: Comparison, path: str | Path) -> Path:
     return write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def _save_table(each: Collected) -> None:
-    subject = each.subject
+def _save_own(each: Collected) -> None:
+    subject, folder = each.subject, each.run.dir / "measure" / "baselines"
     groups = [(subject.members, each.scores("members")), (subject.non_members, each.scores("non-members"))]
     table = samples_table(groups, each.run.card.classes)
-    save_scores(each.run.dir / "measure" / "baselines", table)
+    save_scores(folder, table)
+    rows = {"schema": SCHEMA, "findings": _findings(each), "planted": _planted_rows(each)}
+    write_atomically(folder / "rows.json", json.dumps(rows, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _every_row(each: Collected) -> list[Any]:
@@ -111,8 +114,8 @@ def _run_row(each: Collected) -> Row:
     }
 
 
-def _finding_row(each: Collected, row: Any) -> Row:
-    return {"run": each.run.name, **asdict(row)}
+def _findings(each: Collected) -> list[Row]:
+    return [{"run": each.run.name, **asdict(row)} for row in _every_row(each)]
 
 
 def _planted_rows(each: Collected) -> list[Row]:

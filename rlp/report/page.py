@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rlp.errors import UserError
 from rlp.files import write_atomically
+from rlp.report.page_compare import compare_section
 from rlp.report.page_curves import curves
 from rlp.report.page_features import features_section
 from rlp.report.page_gallery import gallery_section
@@ -59,6 +60,7 @@ def build_page(runs: list[ReportRun]) -> str:
         lambda: features_section(runs),
         lambda: scores_section(runs, scores),
         lambda: gallery_section(runs, scores),
+        lambda: compare_section(runs),
         lambda: table_section(runs),
         guide,
     ]
@@ -72,9 +74,10 @@ def build_page(runs: list[ReportRun]) -> str:
 
 def _contents(runs: Sequence[ReportRun]) -> Html:
     """Links to the sections that the page has."""
-    probed = any(run.rows for run in runs)
+    probed, compared = any(run.rows for run in runs), any(run.compared for run in runs)
     links = [("training", "Training", True), ("probe", "κ and Δ against depth", True), ("features", "Behind κ", probed),
-             ("scores", "Scores", True), ("gallery", "Images", True), ("table", "Every reading", probed),
+             ("scores", "Scores", True), ("gallery", "Images", True), ("compare", "Other measures", compared),
+             ("table", "Every reading", probed),
              ("guide", "How to read this page", True)]  # fmt: skip
     items = [element("li", element("a", name, href=f"#{target}")) for target, name, there in links if there]
     return element("nav", element("ul", *items), aria_label="Sections")

@@ -12,6 +12,7 @@ from rlp.runlog import METRICS, SUMMARY, Row, read_rows, read_summary
 
 PROBE = Path("measure/probe.json")
 SCORES = Path("measure/scores.parquet")
+COMPARED = Path("measure/baselines/rows.json")
 ROW_KEYS = (
     "protocol", "tap", "depth", "D", "n", "N", "draws", "head", "features", "mode", "images", "chance",
     "members", "non_members", "delta",
@@ -31,6 +32,7 @@ class ReportRun:
         config: the settings, ``{section: {key: value}}``; empty when neither file has them.
         environment: what it ran on; may be empty.
         probe: probe.json; None when the run was not probed.
+        compared: what `compare` found in the run; empty when it was not compared.
     """
 
     dir: Path
@@ -40,6 +42,7 @@ class ReportRun:
     config: Row
     environment: Row
     probe: Row | None
+    compared: Row
 
     @property
     def rows(self) -> list[Row]:
@@ -103,6 +106,7 @@ def _read(folder: Path, name: str) -> ReportRun:
         config=summary.get("config") or _yaml(folder / "config.yaml"),
         environment=summary.get("environment") or _json(folder / "environment.json") or {},
         probe=_probe(folder / PROBE),
+        compared=_json(folder / COMPARED) or {},
     )
 
 

@@ -1,7 +1,7 @@
 """Faults planted in the kernels: the checks that every path goes through must find each one.
 
 A mutation replaces one piece of text of one file; the package's other modules are imported anew on top of it, so that
-what is tested is the mutated code alone. Faulty kernels may write where nothing is theirs: each runs in a child process.
+what is tested is the mutated code alone, in a process of its own: a faulty kernel may write where nothing is its own.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,22 +1,43 @@
 """The images behind a set of features, as the network is shown them."""
 
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor
 import torch.nn.functional as F
 
+from rlp.data.batch import Batch
 from rlp.data.loader import ffcv_installed, open_loader
 from rlp.distributed import World
 from rlp.measure.features import FeatureSet, probe_taps
-from rlp.measure.run import Run
+from rlp.measure.run import Group, Run
 from rlp.models.taps import FeatureStore, hook_taps, layout_of
 from rlp.seeding import named_seed
 
 SIDE = 32
 """Pixels a side that inputs are averaged down to, where they are larger, before they are compared with one another."""
+
+
+@contextmanager
+def clean_batches(run: Run, group: Group) -> Iterator[Iterator[Batch]]:
+    """A group's clean images as the run's evaluation loads them, uint8, in the order of the group's rows."""
+    data = run.config.data
+    loader = open_loader(
+        group.beton,
+        train=False,
+        batch_size=data.eval_batch_size or data.batch_size,
+        seed=run.config.run.seed,
+        world=World(device=run.device),
+        view=group.view,
+        geometry=run.geometry,
+        kind=data.loader if data.loader != "ffcv" or ffcv_installed() else "auto",
+        resident_limit=int(data.resident_limit_gb * 2**30),
+        workers=data.workers,
+    )
+    with closing(loader), closing(loader.epoch(0)) as batches:
+        yield batches
 
 
 def image_batches(run: Run, ids: np.ndarray, group: str) -> Iterator[tuple[Tensor, np.ndarray]]:
@@ -30,22 +51,9 @@ def image_batches(run: Run, ids: np.ndarray, group: str) -> Iterator[tuple[Tenso
     Yields:
         images float32 ``[B, 3, H, W]``, and their places in ``ids``, int64 ``[B]``.
     """
-    chosen, data = run.groups[group], run.config.data
-    view = chosen.of(chosen.view.ids[np.isin(chosen.ids, ids)]).view
+    chosen = run.groups[group]
     order = np.argsort(ids)
-    loader = open_loader(
-        chosen.beton,
-        train=False,
-        batch_size=data.eval_batch_size or data.batch_size,
-        seed=run.config.run.seed,
-        world=World(device=run.device),
-        view=view,
-        geometry=run.geometry,
-        kind=data.loader if data.loader != "ffcv" or ffcv_installed() else "auto",
-        resident_limit=int(data.resident_limit_gb * 2**30),
-        workers=data.workers,
-    )
-    with closing(loader), closing(loader.epoch(0)) as batches:
+    with clean_batches(run, chosen.of(chosen.view.ids[np.isin(chosen.ids, ids)])) as batches:
         for batch in batches:
             place = order[np.searchsorted(ids, batch.index.cpu().numpy(), sorter=order)]
             yield run.augment(batch.image, batch.index, 0, train=False).float(), place

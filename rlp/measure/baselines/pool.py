@@ -1,7 +1,6 @@
 """Samples of a run on its device, for measures that train or probe networks on whole images."""
 
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass
 import hashlib
 from typing import Any
@@ -10,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlp.data.loader import ffcv_installed, open_loader
-from rlp.distributed import World
+from rlp.measure.baselines.images import clean_batches
 from rlp.measure.run import Group, Run
 
 
@@ -58,20 +56,7 @@ class Pool:
 
 def _images(run: Run, group: Group) -> Tensor:
     """Clean images uint8 ``[N, H, W, 3]`` in the order of the group's rows."""
-    data = run.config.data
-    loader = open_loader(
-        group.beton,
-        train=False,
-        batch_size=data.eval_batch_size or data.batch_size,
-        seed=run.config.run.seed,
-        world=World(device=run.device),
-        view=group.view,
-        geometry=run.geometry,
-        kind=data.loader if data.loader != "ffcv" or ffcv_installed() else "auto",
-        resident_limit=int(data.resident_limit_gb * 2**30),
-        workers=data.workers,
-    )
-    with closing(loader), closing(loader.epoch(0)) as batches:
+    with clean_batches(run, group) as batches:
         return torch.cat([batch.image.permute(0, 2, 3, 1).contiguous() for batch in batches])
 
 

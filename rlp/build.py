@@ -17,10 +17,12 @@ from rlp.data.view import View, ViewOptions, make_view
 from rlp.distributed import World
 from rlp.errors import UserError
 from rlp.headplan import tap_factors
+from rlp.low_rank.curve import check_tap
 from rlp.models import RandomLabelHeads, attach, build_model
 from rlp.models.attach import check_together
 from rlp.regularisers import hang_tied_dropout
 from rlp.schema import DataConfig, TrainConfig
+from rlp.stopping import NmfArea, few_of_each_label
 from rlp.trainer import Data
 
 
@@ -45,7 +47,7 @@ def build_data(config: TrainConfig, world: World) -> Data:
     hashes = {**{split: beton.card.sha256 for split, beton in files.items()}, "view": view.sha256}
     floors = cache(lambda first: _class_floors(config, files["train"], view, first))
     floors(0)
-    return Data(train, evaluation, augment, floors, hashes)
+    return Data(train, evaluation, augment, floors, hashes, _nmf_area(config, world, files["train"], view, augment))
 
 
 def build_augment(config: TrainConfig, card: Card) -> Augment:
@@ -114,6 +116,16 @@ def _open(config: TrainConfig, world: World, beton: Beton, view: View | None, tr
     )
 
 
+def _nmf_area(config: TrainConfig, world: World, beton: Beton, view: View, augment: Augment) -> NmfArea | None:
+    """The criterion of ``train.nmf_tap``; its samples lie on each rank, whole."""
+    tap = config.train.nmf_tap
+    if not tap:
+        return None
+    alone = World(device=world.device)
+    loader = _open(config, alone, beton, few_of_each_label(view), train=False)
+    return NmfArea(loader, augment, tap, config.run.seed)
+
+
 def view_options(data: DataConfig) -> ViewOptions:
     """Which samples are trained on, with which labels."""
     return ViewOptions(**{field.name: getattr(data, field.name) for field in fields(ViewOptions)})
@@ -141,6 +153,9 @@ def build_network(config: TrainConfig, card: Card, device: torch.device) -> tupl
     model.to(device)
     if config.model.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    example = torch.zeros(1, 3, height, width, device=device)
+    if config.train.nmf_tap:
+        check_tap(model, config.train.nmf_tap, example, "train.nmf_tap")
     heads = config.heads
     if not heads.taps:
         return model, None
@@ -154,7 +169,7 @@ def build_network(config: TrainConfig, card: Card, device: torch.device) -> tupl
         pool=heads.pool,
         layers=heads.layers,
         hidden=heads.hidden,
-        example=torch.zeros(1, 3, height, width, device=device),
+        example=example,
         impl=heads.impl,
         memory_budget=heads.memory_mb * 2**20,
         kind=heads.kind,

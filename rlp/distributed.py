@@ -114,6 +114,15 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     return bool(reduce_sum(torch.tensor([int(flag)], device=device)).item())
 
 
+def from_main(value: float, device: torch.device) -> float:
+    """The main rank's value on every rank."""
+    if group_size() == 1:
+        return value
+    shared = torch.tensor(value, device=device, dtype=torch.float64)
+    dist.broadcast(shared, 0)
+    return float(shared)
+
+
 def broadcast_buffers(module: nn.Module) -> None:
     """Give every rank the buffers (batch-norm statistics) of rank 0, which are the ones that checkpoints hold."""
     if group_size() > 1:

@@ -360,6 +360,8 @@ def _describe_epoch(row: Row) -> str:
     for split in ("train", "val"):
         if row.get(split):
             parts.append(f"{split} loss {_number(row[split]['loss'])}, accuracy {_number(row[split]['accuracy'], 4)}")
+    if row.get("nmf_area") is not None:
+        parts.append(f"area {_number(row['nmf_area'])}")
     kappas = _kappas(row)
     mode = "eval" if any(key[:2] == ("train", "eval") for key in kappas) else "online"
     means = [(draw_interval(v).mean, key[2]) for key, v in kappas.items() if key[:2] == ("train", mode)]

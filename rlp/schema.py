@@ -256,9 +256,14 @@ class TrainingConfig(Section, name="train"):
     amp: Literal["none", "bf16", "fp16"] = key("none", "autocast of the forward pass; fp16 scales the loss")
     patience: int = key(
         0,
-        "stop after so many epochs without a better accuracy on data.val; 0 trains all epochs. The best checkpoint is "
-        "kept as best.pt",
+        "stop after so many epochs without a better accuracy on data.val (or area, see train.nmf_tap); 0 trains all "
+        "epochs. The best checkpoint is kept as best.pt",
         at_least(0),
+    )
+    nmf_tap: str = key(
+        "",
+        "tap behind a ReLU: what is best, also for train.patience, is then the area under accuracy against the "
+        "non-negative rank of its activations, of training images alone; empty for accuracy on data.val",
     )
     mixup: float = key(0.0, "α of mixup: the weight of the first of two images is Beta(α, α); 0 for none", at_least(0))
     manifold_mixup: float = key(

@@ -18,7 +18,7 @@ from rlp import checkpoint, seeding
 from rlp.data.augment import Augment
 from rlp.data.batch import Batch
 from rlp.data.loader import Loader
-from rlp.distributed import World, any_rank, broadcast_buffers, wait_for_all
+from rlp.distributed import World, any_rank, broadcast_buffers, from_main, wait_for_all
 from rlp.evaluate import evaluate
 from rlp.headplan import HeadPlan, words_of
 from rlp.meters import FiniteWatch, NonFiniteError, Sums
@@ -28,6 +28,7 @@ from rlp.progress import Progress
 from rlp.regularisers import pass_for_heads, regulariser_of
 from rlp.runlog import RunLog, last_epoch_row
 from rlp.schema import TrainConfig
+from rlp.stopping import AREA, NmfArea, score_of
 
 INTERRUPTED = 75
 """Exit status after SIGTERM with a checkpoint saved (EX_TEMPFAIL: run again with --run.resume auto)."""
@@ -39,7 +40,8 @@ AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class Data:
     """What the loop reads: training batches, and the same images in order for evaluation.
 
-    ``floors``: class-only floor of each of the draws from the given number on, for the training split's given labels.
+    ``floors``: class-only floor of each of the draws from the given number on, for the training split's given labels;
+    ``nmf_area``: what the best epoch is known by, if not by accuracy on ``val``.
     """
 
     train: Loader
@@ -47,6 +49,7 @@ class Data:
     augment: Augment
     floors: Callable[[int], list[float]]
     hashes: dict[str, str]
+    nmf_area: NmfArea | None = None
 
     def close(self) -> None:
         """Free what the loaders hold."""
@@ -137,9 +140,9 @@ class Trainer:
         progress = self.progress
         self._train_epoch()
         row = self._epoch_row()
-        is_best = row["val"]["accuracy"] > progress.best
+        is_best = score_of(row) > progress.best
         if is_best:
-            progress.best, progress.best_step = row["val"]["accuracy"], progress.step
+            progress.best, progress.best_step = score_of(row), progress.step
         progress.epoch, progress.batch, progress.epoch_seconds = progress.epoch + 1, 0, 0.0
         self.epoch_sums.reset()
         if self.heads is not None:
@@ -303,8 +306,10 @@ class Trainer:
         online = self.heads.metrics("online", reset=False) if self.heads else []
         row["val"], val_rows = self._evaluate("val")
         row["heads"] = self._head_rows("train", "online", online) + val_rows
+        if self.data.nmf_area is not None:  # one rank's for all, for they have to agree when to stop
+            row[AREA] = from_main(self.data.nmf_area(self.model) if self.world.is_main else 0.0, self.world.device)
         last = progress.epoch + 1 == self.config.train.epochs or (
-            row["val"]["accuracy"] <= progress.best and self._ends(progress.epoch + 1)
+            score_of(row) <= progress.best and self._ends(progress.epoch + 1)
         )
         due = last or (progress.epoch + 1) % run.eval_every == 0
         if due and self.heads is not None:

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from rlp.errors import UserError
+from rlp.low_rank.curve import RANKS, accuracy_by_rank, area, batches_of, nmf_area
+from rlp.low_rank.factors import few_units, non_negative, principal
 from rlp.measure.baselines import nmf
 from rlp.measure.baselines.checks_features import check_nmf
 from rlp.measure.baselines.interface import Subject
-from rlp.measure.baselines.low_rank import few_units, non_negative, principal
-from rlp.measure.baselines.rank_curve import RANKS, accuracy_by_rank, area, batches_of
 from rlp.measure.run import open_run
 
 pytest.importorskip("fastargs")
@@ -119,17 +119,17 @@ def test_full_rank_changes_no_answer(tap: str) -> None:
 def test_negative_activations_are_refused() -> None:
     model, images, labels = case(60)
     with pytest.raises(UserError, match=r"tap 'c' go down to -.*behind a ReLU"):
-        nmf.nmf_area(model, images, labels, "c")
+        nmf_area(model, images, labels, "c")
     with pytest.raises(UserError, match="expected two or more from 1 on"):
-        nmf.nmf_area(model, images, labels, "a", ranks=(2, 1))
+        nmf_area(model, images, labels, "a", ranks=(2, 1))
 
 
 def test_the_area_repeats_and_leaves_the_random_state_alone() -> None:
     model, images, labels = case(60)
     before = torch.get_rng_state()
-    first = nmf.nmf_area(model, images, labels, "a", seed=1)
+    first = nmf_area(model, images, labels, "a", seed=1)
     assert 0 < first <= 1
-    assert nmf.nmf_area(model, images, labels, "a", seed=1) == first
+    assert nmf_area(model, images, labels, "a", seed=1) == first
     assert torch.equal(before, torch.get_rng_state())
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from rlp.distributed import any_rank, average_gradients, choose_device, connect, group_size, reduce_sum
+from rlp.distributed import any_rank, average_gradients, choose_device, connect, from_main, group_size, reduce_sum
 from rlp.errors import UserError
 
 RANKS, MICRO_BATCHES, BATCH, FEATURES, LABELS = 2, 2, 8, 6, 5
@@ -58,6 +58,7 @@ def work(rank: int, port: int, folder: str) -> None:
             "sum": reduce_sum(mine),
             "sum64": reduce_sum(torch.tensor(0.1 * (rank + 1), dtype=torch.float64)),
             "mine": mine,
+            "main": from_main(0.1 * (rank + 1), world.device),
             "any": [any_rank(flag, world.device) for flag in (False, rank == 1, True)],
             "averaged": gradients_after_each_backward(module, rank, RANKS),
             "local": gradients_after_each_backward(alone, rank, RANKS),
@@ -90,6 +91,10 @@ def test_sums_reach_every_rank_and_leave_the_input(results: list[dict[str, Any]]
         assert result["sum64"].item() == 0.1 + 0.2
         assert result["sum64"].dtype == torch.float64
         assert result["mine"].tolist() == [rank + 1, 10 * (rank + 1)]
+
+
+def test_the_main_ranks_number_reaches_all(results: list[dict[str, Any]]) -> None:
+    assert [result["main"] for result in results] == [0.1] * 2
 
 
 def test_a_flag_on_one_rank_is_seen_by_all(results: list[dict[str, Any]]) -> None:

@@ -17,6 +17,7 @@ from rlp.errors import UserError
 from rlp.files import write_atomically
 from rlp.reproduce.study import CommandError, check_same, in_parallel, train_run
 from rlp.runlog import METRICS, SUMMARY, read_rows, read_summary
+from rlp.stopping import score_of
 from rlp.sweep.plan import Sweep, Training
 
 NOT_FINITE = 3
@@ -125,7 +126,7 @@ def _outcome(training: Training) -> Outcome:
         return Outcome(training, None, None, None)
     epochs = [row for row in read_rows(training.folder / METRICS) if row["kind"] == "epoch"]
     # Of equally good epochs best.pt is the earlier, as max takes it.
-    row = max(epochs, key=lambda each: each["val"]["accuracy"]) if _takes_best(training) else epochs[-1]
+    row = max(epochs, key=score_of) if _takes_best(training) else epochs[-1]
     seconds = read_summary(training.folder)["seconds"]
     return Outcome(training, row["val"]["accuracy"], row["epoch"], seconds)
 

@@ -108,8 +108,9 @@ def _taken(name: str, subject: Subject, settings: dict[str, Any], say: Any) -> F
 
 @cache
 def _code() -> str:
-    """Hash of all modules beside this one: what an older version found is not taken for this one's."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
+    """Hash of all modules beside this one and of what they rest on: an older version's finds are not this one's."""
+    here = Path(__file__).parent
+    files = [*sorted(here.glob("*.py")), *sorted((here.parents[1] / "low_rank").glob("*.py"))]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 

@@ -20,46 +20,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlp.errors import UserError
+from rlp.low_rank.curve import RANKS, NegativeActivations, accuracy_by_rank, area
 from rlp.measure.baselines.images import images_of
 from rlp.measure.baselines.interface import Finding, Findings, SampleScore, Subject
-from rlp.measure.baselines.rank_curve import RANKS, NegativeActivations, accuracy_by_rank, area
 from rlp.measure.estimate import Estimate, mean_estimate
 from rlp.measure.features import FeatureSet
-
-
-def nmf_area(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    tap: str,
-    *,
-    ranks: Sequence[int] = RANKS,
-    size: int = 100,
-    restarts: int = 3,
-    seed: int = 0,
-) -> float:
-    """Area under the accuracy over log k at non-negative rank k: 0 to 1, the larger the less is memorised.
-
-    It reads training data alone, so it can say when to stop training without a validation set.
-
-    Args:
-        model: the network; it runs in eval mode, and has its modes back afterwards.
-        images: ``[N, 3, H, W]`` on its device, ready for it.
-        labels: given labels, int64 ``[N]``.
-        tap: a module behind a ReLU.
-        ranks: k, ascending, two or more.
-        size: samples of one label that are factorised together, at most.
-        restarts: of the factorisation.
-        seed: of its initial values.
-
-    Raises:
-        UserError: activations are negative, the tap cannot be replaced, or no label has ten samples.
-    """
-    found = accuracy_by_rank(model, images, labels, tap, ("nmf",), ranks=ranks, size=size, restarts=restarts, seed=seed)
-    return float(np.nanmean(area(found["nmf"], ranks)))
 
 
 def measure(

@@ -26,7 +26,7 @@ _SMALLEST = 1e-30
 class Bilevel:
     """A :class:`rlp.regularisers.class_loss.ClassLoss` of batches from ``open_loader(splits=...)``, on one process.
 
-    Costs as many passes over samples as plain training, split by split, and the memory of a gradient for each split.
+    Costs as many passes over samples as plain training, split by split, and the memory of two gradients for each split.
 
     Args:
         parameters: of the network, those that train.
@@ -51,9 +51,10 @@ class Bilevel:
             gradients.append(self._gradient(loss))
             values.append(loss.detach())
             rights.append(count_correct(logits, label))
-        direction = weighted_direction(torch.stack(gradients), self.mu)
-        # A sum that is zero, and whose gradient in the parameters is the direction.
-        along = flat(self.parameters) @ direction
+        with torch.autocast(image.device.type, enabled=False):  # it would round ω and the direction
+            direction = weighted_direction(torch.stack(gradients), self.mu)
+            # A sum that is zero, and whose gradient in the parameters is the direction.
+            along = flat(self.parameters) @ direction
         return ClassStep(torch.stack(values).mean() + (along - along.detach()), torch.stack(rights).sum())
 
     def _gradient(self, loss: Tensor) -> Tensor:

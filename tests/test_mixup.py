@@ -125,6 +125,14 @@ def test_a_module_that_is_not_called_is_named(monkeypatch: pytest.MonkeyPatch) -
         mixing.step(network(), a_batch().image, a_batch(), Progress())
 
 
+def test_a_module_without_a_row_for_each_sample_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = network(), a_batch()
+    mixture = Mixture(LAM, np.arange(BATCH), 1)
+    mixing = fixed(Mixing(1.0, 0, modules={"1": cast(nn.Module, model[1])}), mixture, monkeypatch)
+    with pytest.raises(UserError, match=r"train\.manifold_taps has '1', whose output has 12 rows for 6 samples"):
+        mixing.step(lambda x: model(torch.cat([x, x])), batch.image, batch, Progress())
+
+
 def test_a_pass_for_heads_leaves_nothing_but_features() -> None:
     """What it leaves is what a pass in train mode leaves: batch statistics, and dropout."""
     model = build_model("small_cnn", CLASSES, 16, {"dropout": 0.5}).train()

@@ -60,6 +60,21 @@ def test_training_without_ids_is_refused() -> None:
         TiedDropout(0.5, 0.5, 0).apply("tap", torch.ones(2, 4), training=True)
 
 
+def test_a_share_that_no_channel_comes_to_is_refused(folder: Path) -> None:
+    """It would train without dropout, and nobody would know."""
+    with pytest.raises(UserError, match=r"leaves none of the 32 channels at 'block2' to memorise"):
+        make_trainer(folder, "run", **TIED | {"train__tied_dropout": 0.01})
+    with pytest.raises(UserError, match=r"leaves none of the 4 channels"):
+        TiedDropout(0.1, 0.5, 0).apply("tap", torch.ones(2, 4), training=False)
+
+
+def test_an_output_without_a_row_for_each_sample_is_refused() -> None:
+    dropout = TiedDropout(0.5, 0.5, 0)
+    dropout.index = torch.arange(3)
+    with pytest.raises(UserError, match=r"train\.tied_taps has 'tap', whose output has 12 rows for 3 samples"):
+        dropout.apply("tap", torch.ones(12, 4), training=True)
+
+
 def test_heads_read_what_the_network_goes_on_with(folder: Path) -> None:
     """Of a tap that dropout hangs at too: channels that are left out are zero in what heads are given."""
     trainer = make_trainer(folder, "run", **TIED)

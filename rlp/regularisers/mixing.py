@@ -22,7 +22,7 @@ from rlp.data.batch import Batch
 from rlp.models.taps import tap_tensor
 from rlp.progress import Progress
 from rlp.regularisers.class_loss import ClassStep, Forward, count_correct
-from rlp.regularisers.taps import not_called
+from rlp.regularisers.taps import check_rows, not_called
 from rlp.seeding import named_seed
 
 
@@ -83,7 +83,9 @@ class Mixing:
             if called:
                 return None
             called.append(True)
-            return mix(tap_tensor(name, output), partner, lam)
+            value = tap_tensor(name, output)
+            check_rows(name, value, len(partner), "train.manifold_taps")
+            return mix(value, partner, lam)
 
         handle = module.register_forward_hook(hook)
         try:

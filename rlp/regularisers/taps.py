@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from rlp.errors import UserError
 from rlp.models.taps import resolve_taps
@@ -24,3 +24,12 @@ def modules_at(model: nn.Module, patterns: Sequence[str], key: str) -> dict[str,
 def not_called(name: str, key: str) -> UserError:
     """The error for a module that a pass of the network did not come to."""
     return UserError(f"{key} has '{name}', which takes no part in the forward pass; expected a module that is called")
+
+
+def check_rows(name: str, output: Tensor, count: int, key: str) -> None:
+    """Refuse an output that has not one row for each of ``count`` samples: windows or places beside one another."""
+    if len(output) != count:
+        raise UserError(
+            f"{key} has '{name}', whose output has {len(output)} rows for {count} samples; expected a module with one "
+            "row a sample"
+        )

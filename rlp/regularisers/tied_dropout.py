@@ -20,7 +20,7 @@ from rlp.models.taps import layout_of, tap_tensor
 from rlp.philox import random_bits
 from rlp.progress import Progress
 from rlp.regularisers.class_loss import ClassStep, Forward, Plain
-from rlp.regularisers.taps import modules_at, not_called
+from rlp.regularisers.taps import check_rows, modules_at, not_called
 from rlp.schema import TrainingConfig
 
 _ATTRIBUTE = "tied_dropout"
@@ -56,13 +56,19 @@ class TiedDropout:
         self.waiting.discard(tap)
         dim = -1 if output.dim() == 3 or (output.dim() == 4 and self.channels_last_maps) else 1
         channels = output.shape[dim]
+        if self.generalising(channels) == channels:
+            raise UserError(
+                f"train.tied_dropout is {self.share}, which leaves none of the {channels} channels at '{tap}' to "
+                "memorise; expected a larger share, or other train.tied_taps"
+            )
         if not training:
             kept = torch.arange(channels, device=output.device) < self.generalising(channels)
-        elif self.index is None or len(self.index) != len(output):
+        elif self.index is None:
             raise UserError(
                 f"example-tied dropout at '{tap}' has no sample ids of the batch; expected them in training"
             )
         else:
+            check_rows(tap, output, len(self.index), "train.tied_taps")
             kept = self.mask(tap, channels, self.index)
         shape = [len(kept) if training else 1] + [1] * (output.dim() - 1)
         shape[dim] = channels

@@ -6,18 +6,23 @@ that differ in one hyperparameter alone, since an average over all pairs hides w
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
+import math
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
+from rlp.intervals import student_t
 from rlp.measure.estimate import Estimate
 from rlp.seeding import named_seed
 
-RESAMPLES = 200
+RESAMPLES, LEVEL = 200, 0.95
 MOST = 2000
 """Samples of a run that rank correlations are taken over, drawn at random where there are more."""
+FEWEST, ENOUGH = 5, 8
+"""Runs from which on there is a partial correlation, and from which on it has an interval."""
 
 Row = dict[str, Any]
 Columns = Mapping[str, np.ndarray]
@@ -56,8 +61,8 @@ def agreement_rows(runs: Sequence[Columns], seed: int = 0) -> list[Row]:
         seed: of the resamples and of the choice of samples.
 
     Returns:
-        rows of ``a``, ``b``, ``kendall``, ``spearman`` (as :class:`Estimate` has them, or None), ``N``, ``runs``. The
-        intervals are percentiles of the bootstrap over runs and, within each, over samples.
+        rows of ``a``, ``b``, ``kendall``, ``spearman`` (as :class:`Estimate` has them, or None), ``N``, ``runs``. For
+        the intervals see :func:`over_runs`.
     """
     names = [name for name in runs[0] if all(name in columns for columns in runs)]
     chosen = [_some(columns, named_seed(seed, f"agreement {number}")) for number, columns in enumerate(runs)]
@@ -85,24 +90,49 @@ def _finite(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def over_runs(statistic: Statistic, pairs: Sequence[tuple[np.ndarray, np.ndarray]], seed: int) -> Estimate | None:
-    """Mean of a statistic of two scores over runs; None where it does not exist in one of them."""
+    """Mean of a statistic of two scores over runs; None where it does not exist in one of them.
+
+    The interval is of the bootstrap over samples, within each run. What the values of several runs vary beyond that
+    widens it by Student's t: few runs say little of the next one, and resampling them would hide it.
+    """
     values = [statistic(a, b) if len(a) > 2 else float("nan") for a, b in pairs]
     if not np.isfinite(values).all():
         return None
     random = np.random.default_rng(seed)
 
-    def resampled() -> float:
-        drawn = [pairs[run] for run in random.integers(len(pairs), size=len(pairs))]
-        places = [random.integers(len(a), size=len(a)) for a, _ in drawn]
-        return float(np.mean([statistic(a[rows], b[rows]) for (a, b), rows in zip(drawn, places, strict=True)]))
+    def resampled(a: np.ndarray, b: np.ndarray) -> float:
+        rows = random.integers(len(a), size=len(a))
+        return statistic(a[rows], b[rows])
 
-    return bootstrapped(float(np.mean(values)), resampled, len(pairs), min(len(a) for a, _ in pairs))
+    drawn = np.array([[resampled(a, b) for _ in range(RESAMPLES)] for a, b in pairs])
+    mean, runs = float(np.mean(values)), len(pairs)
+    ends = _middle(drawn.mean(axis=0))
+    if runs > 1:
+        variance = max(0.0, np.var(values, ddof=1) - np.nanmean(np.nanvar(drawn, axis=1)))
+        between = student_t(LEVEL, runs - 1) * math.sqrt(variance / runs)
+        ends = mean + np.array([-1.0, 1.0]) * np.hypot(ends - mean, between)
+    return _correlation(mean, ends, runs, min(len(a) for a, _ in pairs))
 
 
-def bootstrapped(mean: float, resampled: Callable[[], float], seeds: int, samples: int) -> Estimate:
-    """An estimate whose interval holds the middle 95% of resamples; those that do not exist are drawn no more."""
-    drawn = [resampled() for _ in range(RESAMPLES)]
-    low, high = np.nanquantile(drawn, [0.025, 0.975]).tolist()
+def bootstrapped(mean: float, resampled: Callable[[], float], seeds: int, samples: int, units: int) -> Estimate:
+    """An estimate from the bootstrap over some units, two or more.
+
+    Its interval is the middle 95% of resamples, stretched as far as Student's t of few units goes beyond the normal
+    distribution. Resamples in which the statistic does not exist are left out.
+    """
+    ends = _middle(np.array([resampled() for _ in range(RESAMPLES)]))
+    stretch = student_t(LEVEL, units - 1) / NormalDist().inv_cdf((1 + LEVEL) / 2) * math.sqrt(units / (units - 1))
+    return _correlation(mean, mean + stretch * (ends - mean), seeds, samples)
+
+
+def _middle(drawn: np.ndarray) -> np.ndarray:
+    """Ends of the middle 95% of finite numbers ``[B]``; NaN without any."""
+    finite = drawn[np.isfinite(drawn)]
+    return np.quantile(finite, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) if len(finite) else np.full(2, np.nan)
+
+
+def _correlation(mean: float, ends: np.ndarray, seeds: int, samples: int) -> Estimate:
+    low, high = np.clip(ends, -1.0, 1.0).tolist() if np.isfinite(ends).all() else (None, None)
     return Estimate(
         mean=mean, low=low, high=high, sd_seed=None, sd_draw=None, sd_sample=None, seeds=seeds, draws=1, samples=samples
     )
@@ -151,12 +181,14 @@ def pairs_by_setting(runs: Sequence[RunFacts]) -> dict[str, list[tuple[RunFacts,
 def granulated_rows(runs: Sequence[RunFacts], seed: int = 0) -> list[Row]:
     """For each measure the mean over settings of the τ of pairs that differ in that setting, and the worst setting.
 
-    Intervals are of the bootstrap over seeds; with one seed there is none.
+    Measures that one of these runs lacks are left out. Intervals are of the bootstrap over the seeds of the pairs; with
+    one seed there is none.
     """
     groups = pairs_by_setting(runs)
-    seeds = sorted({run.seed for run in runs})
+    paired = [run for pairs in groups.values() for pair in pairs for run in pair]
+    seeds = sorted({run.seed for run in paired})
     rows = []
-    for name in runs[0].values if groups else ():
+    for name in _shared(paired):
 
         def granulated(weights: Mapping[int, int], name: str = name) -> dict[str, float]:
             return {key: _sign_agreement(pairs, name, weights) for key, pairs in groups.items()}
@@ -169,7 +201,8 @@ def granulated_rows(runs: Sequence[RunFacts], seed: int = 0) -> list[Row]:
             return float(np.nanmean(list(granulated({s: drawn.count(s) for s in seeds}).values())))
 
         mean = float(np.mean(list(by_setting.values())))
-        estimate = bootstrapped(mean, resampled, len(seeds), sum(map(len, groups.values()))) if len(seeds) > 1 else None
+        count = sum(map(len, groups.values()))
+        estimate = bootstrapped(mean, resampled, len(seeds), count, len(seeds)) if len(seeds) > 1 else None
         worst = min(by_setting, key=lambda key: by_setting[key])
         rows.append(
             {
@@ -179,12 +212,18 @@ def granulated_rows(runs: Sequence[RunFacts], seed: int = 0) -> list[Row]:
                 "worst": worst,
                 "worst_tau": by_setting[worst],
                 "by_setting": by_setting,
-                "pairs": sum(map(len, groups.values())),
+                "pairs": count,
                 "seeds": len(seeds),
                 "chance": 0.0,
             }
         )
     return rows
+
+
+def _shared(runs: Sequence[RunFacts]) -> list[str]:
+    """Measures that all of the runs have: taps differ, and without wrong labels there is no AUROC of them."""
+    names = dict.fromkeys(name for run in runs for name in run.values)
+    return [name for name in names if all(math.isfinite(run.values.get(name, math.nan)) for run in runs)]
 
 
 def _sign_agreement(pairs: Sequence[tuple[RunFacts, RunFacts]], name: str, weights: Mapping[int, int]) -> float:
@@ -198,14 +237,15 @@ def partial_rows(runs: Sequence[RunFacts], seed: int = 0) -> list[Row]:
     """Spearman's ρ of each measure and the gap, given train accuracy, over the runs of the most frequent model.
 
     Both are ranked, and what the rank of train accuracy explains linearly is taken off. The interval is of the
-    bootstrap over runs; empty with fewer than five runs.
+    bootstrap over runs, from :data:`ENOUGH` on: of five runs it covered 63% in simulations, of eight 95%. There are no
+    rows with fewer than :data:`FEWEST` runs, and none of a measure that one of them lacks.
     """
     models = [run.model for run in runs]
     chosen = [run for run in runs if run.model == max(models, key=models.count)]
-    if len(chosen) < 5:
+    if len(chosen) < FEWEST:
         return []
     rows = []
-    for name in chosen[0].values:
+    for name in _shared(chosen):
         table = np.array([[run.values[name], run.gap, run.train_accuracy] for run in chosen])
         random = np.random.default_rng(seed)
 
@@ -214,7 +254,9 @@ def partial_rows(runs: Sequence[RunFacts], seed: int = 0) -> list[Row]:
 
         mean = partial_spearman(*table.T)
         if np.isfinite(mean):
-            estimate = bootstrapped(mean, resampled, len(chosen), len(chosen))
+            estimate = bootstrapped(mean, resampled, len(chosen), len(chosen), len(chosen))
+            if len(chosen) < ENOUGH:
+                estimate = replace(estimate, low=None, high=None)
             rows.append({"measure": name, "partial": estimate.as_dict(), "runs": len(chosen), "chance": 0.0})
     return rows
 

@@ -271,13 +271,40 @@ def test_lira_of_a_run(subject: Subject) -> None:
         assert rows["AUC"].value.mean == pytest.approx(statistics.mean(pairs))
         assert rows["AUC"].count == 80
         assert set(rows["AUC"].controls) == {"confidence", "untrained"}
-        assert [rows[name].chance for name in rows] == [0.5, 0.01]
-        assert all(row.value.low <= row.value.mean <= row.value.high for row in rows.values())
+        assert [rows[name].chance for name in rows] == [0.5, 1 / 41]
+        assert rows["AUC"].value.low <= rows["AUC"].value.mean <= rows["AUC"].value.high
+        assert rows["TPR at 1% FPR"].value.low is None, "of 40 non-members none is 1%"
         assert rows["AUC"].settings.startswith(f"{mode}, 4 shadows, 2 epochs")
     mistakes: tuple[dict[str, Any], ...] = ({"shadows": 5}, {"shadows": 2}, {"mode": "sideways"})
     for mistake in mistakes:
         with pytest.raises(UserError, match="expected"):
             lira.measure(subject, **mistake)
+
+
+@pytest.mark.parametrize("others", [40, 250])
+def test_true_positives_of_guesses_are_as_said(others: int) -> None:
+    random = np.random.default_rng(9)
+    scores = [[random.normal(size=100), random.normal(size=others)] for _ in range(400)]
+    row = lira._rows(scores[0], {}, "", 0)[1]
+    assert np.mean([lira.true_positives(*each) for each in scores]) == pytest.approx(row.chance, rel=0.15)
+    assert (row.value.low is None) == (others < 100)
+
+
+def test_copies_of_a_regularised_run_are_plain_and_said_to_be(subject: Subject) -> None:
+    """Example-tied dropout hangs hooks into the network, which would ask copies for the ids of their batches."""
+    run = subject.run
+    tied = replace(run.config.train, tied_dropout=0.5, tied_taps=("block2",))
+    other = replace(subject, run=replace(run, config=replace(run.config, train=tied)))
+    plain, copies = (feldman_zhang.measure(each, copies=4, epochs=1) for each in (subject, other))
+    assert np.array_equal(plain.scores[0].values, copies.scores[0].values, equal_nan=True)
+    assert "without" not in plain.rows[0].settings
+    mixed = replace(run.config.train, mixup=1.0, patience=3)
+    other = replace(subject, run=replace(run, config=replace(run.config, train=mixed)))
+    settings = [each.measure(other, epochs=1, **few).rows[0].settings for each, few in (
+        (feldman_zhang, {"copies": 4}), (dynamics, {"copies": 1}), (lira, {"shadows": 4}),
+    )]  # fmt: skip
+    assert all(each.endswith("; copies without train.mixup, train.patience") for each in settings)
+    assert copies.rows[0].settings.endswith("; copies without train.tied_dropout")
 
 
 def test_lira_finds_what_a_shadow_trained_on(subject: Subject) -> None:

@@ -18,6 +18,7 @@ Cost: ``copies`` times the run's training, a pass over both groups an epoch, and
 import numpy as np
 
 from rlp.errors import UserError
+from rlp.measure.baselines.ensemble import lacking
 from rlp.measure.baselines.interface import Finding, Findings, SampleScore, Subject
 from rlp.measure.baselines.planted import planted_findings
 from rlp.measure.baselines.pool import Pool
@@ -65,7 +66,7 @@ def measure(
     for name, values in columns.items():
         at = f"after epoch {early} of {epochs}" if name in ("el2n", "grand") else f"{epochs} epochs"
         both = [values[chosen].astype(np.float64) for chosen in rows]
-        findings = _with(findings, subject, name, both, f"{copies} copies, {at}")
+        findings = _with(findings, subject, name, both, f"{copies} copies, {at}{lacking(subject.run)}")
     return findings
 
 

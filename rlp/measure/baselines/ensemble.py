@@ -4,7 +4,8 @@ The copies' weights lie in one tensor for each parameter, and one vectorised pas
 the optimiser is the run's own, which works number by number and so never mixes copies. Copies get the run's recipe:
 optimiser, rate, momentum, weight decay, schedule, batch size, label smoothing, clipping, augmentation. What differs:
 
-- class loss alone: no random-label heads, whatever λ was; fresh weights, whatever the run started from;
+- class loss alone: no random-label heads, whatever λ was, and no other regulariser (:func:`lacking` names them);
+- fresh weights, whatever the run started from, and all epochs, where the run may have stopped early;
 - float32 without autocast or compilation;
 - ``train.accumulate`` batches are one batch;
 - ``data.image_size``: central crops in place of random ones. Mirrors, shifts and colours are as in the run, and in one
@@ -13,7 +14,7 @@ optimiser, rate, momentum, weight decay, schedule, batch size, label smoothing, 
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import warnings
 
 import numpy as np
@@ -30,6 +31,9 @@ from rlp.measure.run import Run
 from rlp.optim import build_optimizer, lr_factor, parameter_groups, set_lr
 from rlp.schema import TrainingConfig
 from rlp.seeding import named_seed
+
+LACKING = ("mixup", "manifold_mixup", "bilevel", "tied_dropout", "patience")
+"""Keys of ``train`` that copies do without."""
 
 _PROBE = 4  # images on which is tried whether a network can be vectorised
 
@@ -122,6 +126,13 @@ class Moment:
             yield self.run.augment(images.permute(0, 3, 1, 2), ids, 0, train=False), labels
 
 
+def lacking(run: Run) -> str:
+    """What the run was trained with and its copies are not, for the settings of a number: ``; copies without …``."""
+    keys = [f"train.{key}" for key in LACKING if getattr(run.config.train, key)]
+    keys += ["the heads' penalty"] if run.config.heads.weight else []
+    return f"; copies without {', '.join(keys)}" if keys else ""
+
+
 def train_together(
     run: Run,
     pool: Pool,
@@ -163,7 +174,7 @@ def train_together(
         raise UserError("a copy has no samples to train on; expected some for each")
     size = min(run.config.data.batch_size * recipe.accumulate, fewest)
     steps = fewest // size
-    stack = Stack([run.untrained(named_seed(seed, f"copy {number}")) for number in numbers], _example(run, pool))
+    stack = Stack([_fresh(run, named_seed(seed, f"copy {number}")) for number in numbers], _example(run, pool))
     optimizer = stack.optimizer(recipe)
     for epoch in range(max(wanted)):
         orders = [epoch_order(named_seed(seed, f"order {n}"), epoch, r) for n, r in zip(numbers, rows, strict=True)]
@@ -178,6 +189,12 @@ def train_together(
                 _step(run, pool, stack, optimizer, batch, epoch)
         if epoch + 1 in wanted:
             yield _moment(run, pool, stack, epoch + 1)
+
+
+def _fresh(run: Run, seed: int) -> nn.Module:
+    """The network with fresh weights; example-tied dropout, which would ask for the ids of a batch, is left out."""
+    train = replace(run.config.train, tied_dropout=0.0)
+    return replace(run, config=replace(run.config, train=train)).untrained(seed)
 
 
 def _step(run: Run, pool: Pool, stack: Stack, optimizer: torch.optim.Optimizer, batch: Tensor, epoch: int) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 
 from rlp.errors import UserError
 from rlp.measure.agreement import over_runs, spearman
+from rlp.measure.baselines.ensemble import lacking
 from rlp.measure.baselines.interface import Finding, Findings, SampleScore, Subject
 from rlp.measure.baselines.planted import planted_findings
 from rlp.measure.baselines.pool import Pool
@@ -69,6 +70,7 @@ def measure(
     if not scored.any():
         raise UserError(f"no member is both in and out of the subsets of {copies} copies; expected more copies")
     settings = f"{copies} copies, subsets of {share:.0%}, {epochs or subject.run.config.train.epochs} epochs"
+    settings += lacking(subject.run)
     both = np.isfinite(halves).all(axis=0)
     rho = over_runs(spearman, [(halves[0, both], halves[1, both])], subject.seed)
     estimates = {

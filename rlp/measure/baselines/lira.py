@@ -21,6 +21,7 @@ from typing import Literal
 import numpy as np
 
 from rlp.errors import UserError
+from rlp.measure.baselines.ensemble import lacking
 from rlp.measure.baselines.interface import Finding, Findings, SampleScore, Subject
 from rlp.measure.baselines.pool import Pool
 from rlp.measure.baselines.retrain import AT_ONCE, retrain
@@ -76,7 +77,7 @@ def measure(
     fresh = _untrained(subject)
     ratio = [likelihood_ratio(c, phi[:, r], inside[:, r], mode) for c, r in zip(fresh, rows, strict=True)]
     controls = {"confidence": [confidence(samples) for samples in sets], "untrained": ratio}
-    settings = f"{mode}, {shadows} shadows, {last} epochs; non-members: {groups[1].origin}"
+    settings = f"{mode}, {shadows} shadows, {last} epochs; non-members: {groups[1].origin}{lacking(subject.run)}"
     return Findings(scores=_scores(sets, score), rows=_rows(score, controls, settings, subject.seed))
 
 
@@ -112,8 +113,12 @@ def likelihood_ratio(target: np.ndarray, shadows: np.ndarray, inside: np.ndarray
 
 def true_positives(members: np.ndarray, others: np.ndarray, false: float = FALSE_POSITIVES) -> float:
     """Share of members above the threshold that at most ``false`` of the others exceed."""
-    allowed = int(false * len(others))
-    return float((members > np.sort(others)[len(others) - 1 - allowed]).mean())
+    return float((members > np.sort(others)[len(others) - 1 - _allowed(len(others), false)]).mean())
+
+
+def _allowed(others: int, false: float = FALSE_POSITIVES) -> int:
+    """How many of the others may lie above the threshold."""
+    return int(false * others)
 
 
 def _gaussian(values: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -160,7 +165,10 @@ def _rows(
     score: list[np.ndarray], controls: dict[str, list[np.ndarray]], settings: str, seed: int
 ) -> tuple[Finding, ...]:
     rows = []
-    for quantity, of, chance in (("AUC", _auc, 0.5), ("TPR at 1% FPR", _true_positives, FALSE_POSITIVES)):
+    others = len(score[1])
+    # Of equal distributions a member is above the k-th largest of n others with probability k/(n + 1).
+    guessed = (_allowed(others) + 1) / (others + 1)
+    for quantity, of, chance in (("AUC", _auc, 0.5), ("TPR at 1% FPR", _true_positives, guessed)):
         value = of(score[0], score[1], seed)
         rows.append(
             Finding(
@@ -183,14 +191,18 @@ def _auc(members: np.ndarray, others: np.ndarray, seed: int) -> Estimate:
 
 
 def _true_positives(members: np.ndarray, others: np.ndarray, seed: int) -> Estimate:
-    """With the bootstrap's percentiles over samples, members and others apart."""
+    """With the bootstrap's percentiles over samples, members and others apart.
+
+    Below 100 others no threshold has 1% of them above it, and resamples of the largest alone cover too seldom (66% with
+    40 in simulations): there is no interval then.
+    """
     random = np.random.default_rng(seed)
 
     def again(values: np.ndarray) -> np.ndarray:
         return values[random.integers(len(values), size=len(values))]
 
     drawn = [true_positives(again(members), again(others)) for _ in range(_RESAMPLES)]
-    low, high = np.quantile(drawn, [0.025, 0.975]).tolist()
+    low, high = np.quantile(drawn, [0.025, 0.975]).tolist() if _allowed(len(others)) else (None, None)
     return Estimate(
         mean=true_positives(members, others), low=low, high=high, sd_seed=None, sd_draw=None, sd_sample=None,
         seeds=1, draws=1, samples=len(members) + len(others),

@@ -47,8 +47,9 @@ def sweep(arguments: argparse.Namespace, overrides: Sequence[str], command: str)
     from rlp.sweep.figure import sweep_figure
     from rlp.sweep.plan import Sweep, option_names
     from rlp.sweep.readings import probe_tasks, read_final
+    from rlp.sweep.result import Result, as_json
     from rlp.sweep.space import read_space
-    from rlp.sweep.table import Result, as_json, as_markdown, summary_lines
+    from rlp.sweep.table import as_markdown, summary_lines
     from rlp.sweep.trials import best_of, devices, run_all
     from rlp.sweep.validation import write_validation
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from rlp.measure.estimate import Estimate
 from rlp.report.figures import BLUE, GREEN, GREY, ORANGE, new_figure
 from rlp.sweep.plan import Sweep
-from rlp.sweep.table import Result, numbers_of
+from rlp.sweep.result import Result, numbers_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -33,7 +33,7 @@ from rlp.sweep.plan import Sweep, proposals
 from rlp.sweep.readings import calibration_error, probe_options
 from rlp.sweep.space import Regulariser, read_space
 from rlp.sweep.trials import Outcome, best_of, device_slots, run_all
-from rlp.sweep.validation import non_members, reserved, selection_rows
+from rlp.sweep.validation import non_members, reserved, selection_rows, write_validation
 
 pytest.importorskip("fastargs")
 pytest.importorskip("optuna")
@@ -103,6 +103,11 @@ def a_sweep(folder: Path, **changes: Any) -> Sweep:
         ({"search": {"train.lr": {"distribution": "choice", "choices": [1, 2], "default": 3}}}, "expected one of 1, 2"),
         ({"search": {"train.lr": LR | {"choices": [1]}}}, "unknown key 'choices'"),
         ({"search": {"run.seed": LR}}, "the sweep itself sets run.seed"),
+        ({"settings": {"run.seed": 3}}, "settings: the sweep itself sets run.seed"),
+        ({"regularisers": {"a": {"settings": {"run.dir": "x"}}}}, "regularisers.a: the sweep itself sets run.dir"),
+        ({"regularisers": {"a": {"settings": {"data.member_fraction": 0.9}}}}, "same samples, and so data.member_frac"),
+        ({"regularisers": {"a": {"search": {"data.label_noise": LR | {}}}}}, "same samples, and so data.label_noise"),
+        ({"regularisers": {"a": {"settings": {"data.val": "x.beton"}}}}, "have the same samples, and so data.val"),
         ({"selection": 1.0}, "selection is 1.0; expected a share between 0 and 1"),
         ({"trials": 0}, "trials is 0; expected at least 1"),
         ({"fresh": {"tap": "a", "n": 1}}, "fresh.n is 1; expected at least 2"),
@@ -179,6 +184,41 @@ def test_selection_shares_no_sample_with_training_nor_with_the_fresh_heads(tmp_p
         reserved(group, 0.99)
 
 
+# -- what is found before anything is trained -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"fresh": {"tap": "layer9"}}, "tap 'layer9' names no module"),
+        ({"fresh": {"tap": "layer*"}}, "fresh.tap 'layer*' names layer1, layer2; expected one of them"),
+        ({"regularisers": {"plain": {}, "a": {"settings": {"heads.taps": ["x"]}}}}, "tap 'x' names no module"),
+        (
+            {"regularisers": {"a": {"settings": {"train.manifold_mixup": 1.0, "train.manifold_taps": ["lay"]}}}},
+            "tap 'lay' names no module",
+        ),
+    ],
+)
+def test_a_tap_that_does_not_exist_is_found_before_training(
+    changes: dict[str, Any], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    commands = Commands()
+    monkeypatch.setattr("rlp.reproduce.study.run_command", commands)
+    with pytest.raises(SystemExit) as ended:
+        main([str(written(tmp_path, **changes)), "--out", str(tmp_path / "out"), "--seeds", "0"])
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err
+    assert commands.trained == []
+
+
+def test_another_selection_in_the_same_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlp.reproduce.study.run_command", Commands())
+    sweep = a_sweep(tmp_path)
+    assert write_validation(sweep) == write_validation(sweep)
+    with pytest.raises(UserError, match="holds other samples than the sweep would choose on now"):
+        write_validation(a_sweep(tmp_path, selection=0.3))
+
+
 # -- outcomes --------------------------------------------------------------------------------------------------
 
 
@@ -231,7 +271,7 @@ def test_a_loss_that_was_not_finite_is_not_tried_again(tmp_path: Path, monkeypat
     def train_run(config: TrainConfig, file: Path, what: str, *_: Any) -> None:
         started.append(what)
         folder = Path(config.run.dir)
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(base, folder / "config.yaml")
         raise CommandError("training ended\nerror: NaN", status)
 
@@ -245,8 +285,9 @@ def test_a_loss_that_was_not_finite_is_not_tried_again(tmp_path: Path, monkeypat
     assert len(started) == 1
     shutil.rmtree(first[0].folder)  # what is removed is tried again; another failure is a mistake
     status = 2
-    with pytest.raises(CommandError):
-        run_all(sweep, first, 1, "trials")
+    for _ in range(2):  # and the note of the removed run is no note of this one
+        with pytest.raises(CommandError):
+            run_all(sweep, first, 1, "trials")
 
 
 # -- calibration -----------------------------------------------------------------------------------------------
@@ -447,6 +488,21 @@ def test_another_space_leaves_finished_runs_alone(
     with pytest.raises(SystemExit):
         main([str(other), *told["arguments"][1:]])
     assert "holds a run with train.lr 0.05, and the sweep asks for 0.06" in capsys.readouterr().err
+
+
+def test_trials_on_other_samples_are_not_taken_for_these(told: dict[str, Any]) -> None:
+    """Whoever removes the validation samples gets others where the selection has changed; old trials are of the old."""
+    space = read_space(told["folder"] / "tiny.yaml")
+    sweep = Sweep(space, tuple(space.regularisers), 2, (0, 1), told["folder"] / "out")
+    assert all(outcome.accuracy is not None for outcome in run_all(sweep, sweep.all_trials(), 1, "trials"))
+    summary = told["folder"] / "out" / "trials" / "plain-trial0" / SUMMARY
+    before = summary.read_text()
+    summary.write_text(before.replace(json.loads(before)["data"]["val"]["sha256"], "0" * 64))
+    try:
+        with pytest.raises(UserError, match=r"plain-trial0 holds a run of another data\.val than"):
+            run_all(sweep, sweep.all_trials(), 1, "trials")
+    finally:
+        summary.write_text(before)
 
 
 @pytest.mark.slow

@@ -45,7 +45,7 @@ def sweep(arguments: argparse.Namespace, overrides: Sequence[str], command: str)
     from rlp.reproduce.fields import check_known
     from rlp.reproduce.study import in_parallel, write_data
     from rlp.sweep.figure import sweep_figure
-    from rlp.sweep.plan import Sweep, option_names
+    from rlp.sweep.plan import Sweep, check_networks, option_names
     from rlp.sweep.readings import probe_tasks, read_final
     from rlp.sweep.result import Result, as_json
     from rlp.sweep.space import read_space
@@ -68,6 +68,7 @@ def sweep(arguments: argparse.Namespace, overrides: Sequence[str], command: str)
         write_data(["--config", str(space.data)], files)
         plan = dataclasses.replace(plan, data=files)
     count = write_validation(plan)
+    check_networks(plan)
     jobs = arguments.jobs or len(devices()) or max(1, len(os.sched_getaffinity(0)) // space.threads)
     outcomes = run_all(plan, plan.all_trials(), jobs, "trials")
     chosen = {

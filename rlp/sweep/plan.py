@@ -5,8 +5,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from rlp.build import build_network
 from rlp.config import parse
+from rlp.data.beton import Beton
 from rlp.errors import UserError
+from rlp.models.taps import resolve_taps
+from rlp.regularisers import regulariser_of
 from rlp.reproduce.study import text_of
 from rlp.schema import TrainConfig
 from rlp.seeding import named_seed
@@ -123,6 +129,23 @@ class Sweep:
                 "non-members, never on the test split"
             )
         self.all_trials()
+
+
+def check_networks(sweep: Sweep) -> None:
+    """Build a network of each regulariser once the data are there, to find what does not fit before hours of training.
+
+    Raises:
+        UserError: a tap does not exist, or ``fresh.tap`` names more than one.
+    """
+    card, tap = Beton.open(sweep.base.data.train).card, sweep.space.fresh.tap
+    for regulariser in sweep.regularisers():
+        config = sweep.trial(regulariser, 0, {each.key: each.default for each in regulariser.search}).config
+        with torch.random.fork_rng(devices=[]):
+            model, _ = build_network(config, card, torch.device("cpu"))
+        regulariser_of(config, model)
+        found = [each.name for each in resolve_taps(model, [tap])]
+        if len(found) > 1:
+            raise UserError(f"fresh.tap '{tap}' names {', '.join(found)}; expected one of them")
 
 
 def proposals(space: Space, regulariser: Regulariser, count: int) -> list[dict[str, Any]]:

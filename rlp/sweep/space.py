@@ -1,9 +1,12 @@
 """What a sweep compares and where it searches: the files ``configs/sweep/NAME.yaml``."""
 
+from collections.abc import Iterable, Sequence
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from rlp.data.view import ViewOptions
 from rlp.errors import UserError
 from rlp.reproduce.fields import Fields, check_known, read_mapping, settings_in
 
@@ -17,6 +20,8 @@ PROTOCOLS = ("converged", "budget")
 FEATURES = ("raw", "standardised", "normalised", "projected")
 RESERVED = ("run.dir", "run.seed", "run.resume", "run.overwrite")
 """Keys that the sweep itself sets."""
+SAMPLES = ("data.train", "data.val", *(f"data.{field.name}" for field in dataclasses.fields(ViewOptions)))
+"""Keys that say who is trained on: the same for all, or one would train on what settings are chosen on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +145,7 @@ def read_space(path: Path) -> Space:
         regularisers={name: _regulariser(name, each, shared, str(path)) for name, each in listed.items()},
     )
     fields.finish()
+    _check_keys(space.settings, f"{path}: settings", RESERVED)
     for name in ("trials", "threads"):
         if getattr(space, name) < 1:
             raise UserError(f"{path}: {name} is {getattr(space, name)}; expected at least 1")
@@ -185,10 +191,18 @@ def _regulariser(name: str, content: Any, shared: tuple[Searched, ...], path: st
     fields.finish()
     check_known(regulariser.checkpoint, CHECKPOINTS, f"{where}.checkpoint")
     keys = [each.key for each in regulariser.search]
+    _check_keys([*regulariser.settings, *keys], where, (*RESERVED, *SAMPLES))
     for key in keys:
         if keys.count(key) > 1 or key in regulariser.settings:
             raise UserError(f"{where} gives {key} twice; expected it once, in settings or in one search")
     return regulariser
+
+
+def _check_keys(keys: Iterable[str], where: str, refused: Sequence[str]) -> None:
+    for key in keys:
+        if key in refused:
+            whose = "the sweep itself sets" if key in RESERVED else "all regularisers have the same samples, and so"
+            raise UserError(f"{where}: {whose} {key}; expected another key")
 
 
 def _search(content: dict[str, Any], where: str) -> tuple[Searched, ...]:
@@ -198,8 +212,6 @@ def _search(content: dict[str, Any], where: str) -> tuple[Searched, ...]:
 def _searched(key: str, content: Any, where: str) -> Searched:
     if not isinstance(content, dict):
         raise UserError(f"{where} is {content!r}; expected keys distribution, low, high (or choices) and default")
-    if key in RESERVED:
-        raise UserError(f"{where}: the sweep itself sets {key}; expected another key")
     fields = Fields(content, where)
     distribution = fields.take("distribution", str)
     check_known(distribution, DISTRIBUTIONS, f"{where}.distribution")

@@ -7,12 +7,14 @@ was killed in. Only a training that became NaN or infinite leaves no finished ru
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 import json
 import os
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+from rlp.data.beton import Beton
 from rlp.errors import UserError
 from rlp.files import write_atomically
 from rlp.reproduce.study import CommandError, check_same, in_parallel, train_run
@@ -45,15 +47,30 @@ def run_all(sweep: Sweep, trainings: Sequence[Training], jobs: int, what: str) -
     """Train what is not there yet, ``jobs`` at a time; what each came to, in order.
 
     Raises:
-        UserError: a folder holds a run of another configuration, or a run failed.
+        UserError: a folder holds a run of another configuration or of other samples, or a run failed.
     """
+    hash_of = cache(lambda path: Beton.open(path).card.sha256)
     for training in trainings:  # all are checked before the first is trained
         check_same(training.folder, training.config, "the sweep")
+        if (training.folder / SUMMARY).is_file():  # train_rlp.py itself looks when it goes on with a run
+            _check_samples(training, hash_of)
     slots = device_slots(jobs, devices())
     waiting = [training for training in trainings if not _is_done(sweep, training)]
     tasks = [(training.name, _task(sweep, training, slots)) for training in waiting]
     in_parallel(tasks, jobs, what, len(trainings) - len(waiting))
     return [_outcome(training) for training in trainings]
+
+
+def _check_samples(training: Training, hash_of: Callable[[str], str]) -> None:
+    """Refuse a finished run of files that are others now: accuracies on different samples are not to be compared."""
+    trained = read_summary(training.folder)["data"]
+    for split in ("train", "val"):
+        path = getattr(training.config.data, split)
+        if trained[split]["sha256"] != hash_of(path):
+            raise UserError(
+                f"{training.folder} holds a run of another data.{split} than {path} is now: its hash differs; expected "
+                "the same file: give another --out, or remove that folder"
+            )
 
 
 def best_of(outcomes: Sequence[Outcome]) -> Outcome:
@@ -100,6 +117,7 @@ def _task(sweep: Sweep, training: Training, slots: "SimpleQueue[Mapping[str, str
     def call() -> None:
         file = sweep.out / "configs" / f"{training.folder.name}.yaml"
         with _taken(slots) as variables:
+            _note(sweep, training).unlink(missing_ok=True)  # it was of a run that has been removed
             try:
                 train_run(training.config, file, f"training {training.name}", sweep.space.threads, variables)
             except CommandError as error:

@@ -60,7 +60,7 @@ def write_validation(sweep: Sweep) -> int:
     """Write the validation .beton, unless it is there already; returns its number of samples.
 
     Raises:
-        UserError: too few samples, images of different sizes, or writing failed.
+        UserError: too few samples, images of different sizes, other samples are there, or writing failed.
     """
     group = non_members(sweep.base.data)
     beton, rows = group.beton, selection_rows(group, sweep.space.selection)
@@ -74,6 +74,7 @@ def write_validation(sweep: Sweep) -> int:
         "classes": np.array(beton.card.classes),
     }
     files = {"train": str(sweep.validation.with_name("one-of-each-class.beton")), "val": str(sweep.validation)}
+    _check_there(sweep.validation, arrays["x_val"], arrays["y_val"])
     sweep.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=sweep.out, prefix=".validation-") as folder:
         archive = Path(folder) / "validation.npz"
@@ -81,3 +82,16 @@ def write_validation(sweep: Sweep) -> int:
         options = ["--source.kind=npz", f"--source.path={archive}", "--image.mode=raw"]
         write_data([*options, f"--words.draws={beton.card.draws}"], files)
     return len(rows)
+
+
+def _check_there(path: Path, images: np.ndarray, label: np.ndarray) -> None:
+    """Refuse a file of other samples, which trials were chosen on; none, or what a killed write left, is written."""
+    try:
+        there = Beton.open(path)
+    except UserError:
+        return
+    if not np.array_equal(there.label, label) or not np.array_equal(there.images(), images):
+        raise UserError(
+            f"{path} holds other samples than the sweep would choose on now; expected the selection and the training "
+            "set to be as they were: give another --out"
+        )

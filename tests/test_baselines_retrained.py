@@ -206,13 +206,13 @@ def test_dynamics_of_a_run(subject: Subject, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_planted_rows_by_counting_pairs(subject: Subject) -> None:
     score = np.random.default_rng(3).random(40)
-    score[4] = np.nan
     wrong = subject.members.given != subject.members.true
+    score[np.flatnonzero(wrong)[0]] = np.nan
     pairs = [(a, b) for a in score[wrong] for b in score[~wrong] if not math.isnan(a + b)]
     (row,) = planted_findings(subject, "knn", "disagreement", score, settings="k 30")
     assert row.value.mean == pytest.approx(statistics.mean(0.5 if a == b else float(a > b) for a, b in pairs))
     assert (row.count, row.chance, row.non_members) == (39, 0.5, None)
-    assert row.settings == f"k 30; {int(wrong.sum())} planted"
+    assert row.settings == f"k 30; {int((wrong & np.isfinite(score)).sum())} planted"
     assert row.controls["class loss"] is not None
     assert planted_auroc(np.full(40, np.nan), subject.members) is None
     clean = replace(subject, members=replace(subject.members, given=subject.members.true))
@@ -286,7 +286,9 @@ def test_true_positives_of_guesses_are_as_said(others: int) -> None:
     random = np.random.default_rng(9)
     scores = [[random.normal(size=100), random.normal(size=others)] for _ in range(400)]
     row = lira._rows(scores[0], {}, "", 0)[1]
-    assert np.mean([lira.true_positives(*each) for each in scores]) == pytest.approx(row.chance, rel=0.15)
+    assert np.mean([lira.true_positives(mine, theirs) for mine, theirs in scores]) == pytest.approx(
+        row.chance, rel=0.15
+    )
     assert (row.value.low is None) == (others < 100)
 
 

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 import re
+import shutil
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,13 @@ from probed_run import tiny_finished_run
 import pyarrow.parquet as pq
 import pytest
 
+import rlp
 from rlp.errors import UserError
 from rlp.measure import baselines, open_run
 from rlp.measure.__main__ import main
 from rlp.measure.baselines import MEASURES, Finding, Findings, SampleScore, Subject, collect, load_measure
-from rlp.measure.compare import compare
-from rlp.measure.compare_table import COLUMNS, LEGEND
+from rlp.measure.compare import _planted_rows, compare
+from rlp.measure.compare_table import COLUMNS, LEGEND, comparison_table
 from rlp.measure.estimate import mean_estimate
 from rlp.measure.rows import class_loss
 
@@ -80,6 +82,30 @@ def test_samples_are_joined_by_index(runs: list[Path]) -> None:
         assert (mine["noisy"] == (samples.given != samples.true)).all()
 
 
+def test_runs_of_one_name_are_kept_apart(runs: list[Path], tmp_path: Path) -> None:
+    """Every seed's folder may be called alike."""
+    pair = [tmp_path / name / "run" for name in ("one", "two")]
+    for source, path in zip(runs, pair, strict=False):
+        shutil.copytree(source, path, ignore=shutil.ignore_patterns("measure"))
+    found = compare(pair, QUICK, taps=["block3"], samples=40)
+    assert [row["run"] for row in found.runs] == [str(path) for path in pair]
+    for path in pair:
+        (title,) = re.findall(rf"^{path}: wrong label.*(?:\n.+)+", comparison_table(found), re.MULTILINE)
+        scores = [line.split()[0] for line in title.splitlines()[3:]]
+        assert sorted(scores) == ["loss", "rlp_block3", "rlp_budget_block3"]
+
+
+def test_samples_without_a_score_do_not_count(runs: list[Path]) -> None:
+    subject = Subject.of(open_run(runs[0]), taps=["block3"], samples=40)
+    samples = subject.members
+    values = np.where(np.arange(40) < 25, np.nan, np.arange(40.0))
+    score = SampleScore(name="odd", group="members", ids=samples.ids, values=values)
+    found = {"odd": collect.Found(Findings(scores=(score,)), 0.0)}
+    (row,) = _planted_rows(collect.Collected("a", subject, found, {}))
+    wrong = (samples.given != samples.true)[25:]
+    assert (row["N"], row["count"]) == (15, int(wrong.sum()))
+
+
 def count_calls(monkeypatch: pytest.MonkeyPatch, broken: bool = False) -> list[Subject]:
     """A measure of our own in the place of `loss`, and the subjects that it was asked about."""
     calls: list[Subject] = []
@@ -129,6 +155,32 @@ def test_a_measure_that_cannot_be_taken_says_why(runs: list[Path], monkeypatch: 
     assert not kept.exists()
 
 
+def test_by_default_what_cannot_be_taken_is_left_out_and_said(
+    runs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A network without a ReLU has no non-negative rank, but all the rest."""
+
+    def no_rank(subject: Subject) -> Findings:
+        raise UserError("the network has no ReLU")
+
+    monkeypatch.setattr(collect, "MEASURES", {"nmf": "", "loss": ""})
+    monkeypatch.setattr(collect, "load_measure", lambda name: no_rank if name == "nmf" else load_measure(name))
+    assert main(["compare", str(runs[2]), "--taps", "block3", "--samples", "30"]) == 0
+    assert "left out: nmf: the network has no ReLU" in capsys.readouterr().out
+    content = json.loads((runs[2] / "measure" / "compare.json").read_text())
+    assert content["runs"][0]["left_out"] == {"nmf": "the network has no ReLU"}
+    assert {row["measure"] for row in content["findings"]} == {"loss"}
+
+
+def test_a_change_anywhere_in_the_package_is_another_version(tmp_path: Path) -> None:
+    (tmp_path / "low_rank").mkdir()
+    (tmp_path / "low_rank" / "curve.py").write_text("RANKS = (1, 2)")
+    before = collect._code.__wrapped__(tmp_path)
+    (tmp_path / "low_rank" / "curve.py").write_text("RANKS = (1, 4)")
+    assert collect._code.__wrapped__(tmp_path) != before
+    assert collect._code() == collect._code.__wrapped__(Path(rlp.__file__).parent)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -138,7 +190,8 @@ def test_a_measure_that_cannot_be_taken_says_why(runs: list[Path], monkeypatch: 
         (["RUN", "--seed", "-1"], "--seed is -1"),
         (["RUN", "--taps", "layer9"], "tap 'layer9' names no module"),
         (["RUN", "--measures", "loss", "loss"], "each once"),
-        (["RUN", "--samples", "3"], "expected at least 10 of each"),
+        (["RUN", "--samples", "0"], "--samples is 0; expected at least 10 of each"),
+        (["RUN", "--samples", "-3"], "--samples is -3; expected at least 10 of each"),
     ],
 )
 def test_bad_input_is_one_sentence(

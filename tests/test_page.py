@@ -30,7 +30,7 @@ from rlp.report.page_html import element, number_cell, table
 from rlp.report.page_scores import COLUMNS
 from rlp.report.page_svg import inline_svg, page_style, panel
 from rlp.report.page_table import COLUMNS as READING_COLUMNS
-from rlp.runlog import METRICS, write_summary
+from rlp.runlog import METRICS, read_rows, write_summary
 from train_rlp import train
 
 pytest.importorskip("matplotlib")
@@ -161,9 +161,18 @@ def test_other_measures_are_shown_where_a_run_was_compared(tmp_path: Path) -> No
         "wrong label",
     ):
         assert words in text
-    (folder / "rows.json").write_text("{")
-    with pytest.raises(UserError, match=r"rows.json is damaged"):
-        write_page([run])
+    for step, outdated in ((1, True), (read_rows(run / METRICS)[-1]["step"], False)):
+        (folder / "rows.json").write_text(json.dumps({"schema": 1, "step": step, "findings": [finding]}))
+        text = checked(write_page([run], tmp_path / "page.html").read_text("utf-8")).text
+        assert ("was compared at step 1, and has gone on to step" in text) == outdated
+    for content, message in (
+        ("{", r"rows.json is damaged"),
+        ("[1]", r"rows.json is no table of schema 1"),
+        ('{"schema": 2, "findings": []}', r"rows.json is no table of schema 1"),
+    ):
+        (folder / "rows.json").write_text(content)
+        with pytest.raises(UserError, match=message):
+            write_page([run])
 
 
 def test_every_reading_is_in_the_table_with_all_its_columns(trained: Path, page: Page) -> None:

@@ -149,8 +149,8 @@ class RunFacts:
         name: of its folder.
         seed: of the network.
         settings: every other setting, by ``section.key``.
-        train_accuracy, gap: accuracy on the given training labels, and how much of it is missing on validation images.
-        values: of every measure, by name; larger is more memorised.
+        train_accuracy, gap: accuracy of members on their given labels, and how much of it is missing on non-members.
+        values: of every measure, by name; of scores larger is more memorised, other numbers are as they are.
     """
 
     name: str

@@ -1,7 +1,7 @@
 """``python -m rlp.measure compare``: every measure on the same runs and samples, and which of them to believe."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 import json
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ class Comparison:
     """What a comparison found.
 
     Attributes:
-        runs: name, accuracies, N and seconds of each measure, by run.
+        runs: name, accuracies, N, seconds of each measure, and why others were left out, by run.
         findings: numbers of taps and runs, one row for each measure, quantity and tap.
         planted: AUROC of each score on each kind of planted truth, by run.
         agreement: rank correlations of scores, over runs.
@@ -43,7 +43,7 @@ class Comparison:
 
 def compare(
     run_dirs: Sequence[str | Path],
-    measures: Sequence[str],
+    measures: Sequence[str] | None = None,
     *,
     taps: Sequence[str] | None = None,
     samples: int | None = None,
@@ -68,10 +68,11 @@ def compare(
     if len({path.resolve() for path in paths}) < len(paths):
         raise UserError(f"the runs are {', '.join(map(str, paths))}; expected each once")
     found: list[Collected] = []
-    for path in paths:
-        tell = None if say is None else lambda name, path=path: say(f"{path}: {name}")
-        found.append(collect(path, measures, taps=taps, samples=samples, seed=seed, device=device, say=tell))
-        _save_own(found[-1])
+    for path, name in zip(paths, _names(paths), strict=True):
+        tell = None if say is None else lambda measure, path=path: say(f"{path}: {measure}")
+        taken = collect(path, measures, taps=taps, samples=samples, seed=seed, device=device, say=tell)
+        _save_own(taken)
+        found.append(replace(taken, name=name))
     facts = [_facts(each) for each in found]
     return Comparison(
         runs=[_run_row(each) for each in found],
@@ -81,6 +82,12 @@ def compare(
         granulated=granulated_rows(facts, seed),
         partial=partial_rows(facts, seed),
     )
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """Of the runs' folders; where two are called alike, their paths."""
+    names = [path.resolve().name for path in paths]
+    return [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
 
 
 def save_comparison(comparison: Comparison, path: str | Path) -> Path:
@@ -94,7 +101,7 @@ def _save_own(each: Collected) -> None:
     groups = [(subject.members, each.scores("members")), (subject.non_members, each.scores("non-members"))]
     table = samples_table(groups, each.run.card.classes)
     save_scores(folder, table)
-    rows = {"schema": SCHEMA, "findings": _findings(each), "planted": _planted_rows(each)}
+    rows = {"schema": SCHEMA, "step": each.run.step, "findings": _findings(each), "planted": _planted_rows(each)}
     write_atomically(folder / "rows.json", json.dumps(rows, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -111,11 +118,12 @@ def _run_row(each: Collected) -> Row:
         "train_accuracy": facts.train_accuracy,
         "gap": facts.gap,
         "seconds": {name: found.seconds for name, found in each.found.items()},
+        "left_out": each.left_out,
     }
 
 
 def _findings(each: Collected) -> list[Row]:
-    return [{"run": each.run.name, **asdict(row)} for row in _every_row(each)]
+    return [{"run": each.name, **asdict(row)} for row in _every_row(each)]
 
 
 def _planted_rows(each: Collected) -> list[Row]:
@@ -127,14 +135,14 @@ def _planted_rows(each: Collected) -> list[Row]:
         estimates = {group: _auroc(columns[group].get(name), masks[group].get(kind)) for group in masks}
         if estimates["members"] is None:
             continue
-        planted, scored = masks["members"][kind]
+        with_score = np.isfinite(columns["members"][name])
         rows.append(
             {
-                "run": each.run.name,
+                "run": each.name,
                 "planted": kind,
                 "score": name,
-                "N": int(scored.sum()),
-                "count": int(planted.sum()),
+                "N": estimates["members"]["samples"],
+                "count": int((masks["members"][kind][0] & with_score).sum()),
                 "chance": 0.5,
                 "members": estimates["members"],
                 "non_members": estimates["non-members"],
@@ -166,4 +174,4 @@ def _facts(each: Collected) -> RunFacts:
         values[f"{row.measure} {row.quantity}"] = row.value.mean
     config = asdict(run.config)
     settings = {f"{part}.{key}": value for part, keys in config.items() if part != "run" for key, value in keys.items()}
-    return RunFacts(run.name, run.config.run.seed, settings, train, train - val, values)
+    return RunFacts(each.name, run.config.run.seed, settings, train, train - val, values)

@@ -26,7 +26,7 @@ def add_compare(commands: Any) -> None:
     part.set_defaults(call=_compare)
     part.add_argument("runs", nargs="+", metavar="RUN", help="folders of finished runs")
     part.add_argument(
-        "--measures", nargs="+", choices=MEASURES, default=list(MEASURES), metavar="MEASURE", help="(default: all)"
+        "--measures", nargs="+", choices=MEASURES, metavar="MEASURE", help="(default: all that can be taken of a run)"
     )
     part.add_argument("--taps", nargs="+", metavar="TAP", help="modules or globs (default: those of the run)")
     part.add_argument("--samples", type=int, metavar="N", help="members, and as many non-members, at most")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlp.measure.compare import Comparison
-from rlp.measure.table import aligned, mean_and_interval, number
+from rlp.measure.table import aligned, number
 
 Row = dict[str, Any]
 
@@ -25,7 +25,9 @@ LEGEND = """\
 Of every score larger means more memorised. AUROC: chance that a planted sample scores higher than a plain one; on
 non-members, which the network never saw, it is a control: a score that is as good there tells hard samples, not
 memorised ones. τ and ρ are taken within each run and averaged; granulated τ compares runs that differ in one setting
-only, by the gap of accuracy between members and non-members; partial ρ is that over all runs, given train accuracy."""
+only, by the gap of accuracy between members and non-members; partial ρ is that over all runs, given train accuracy.
+Both also take the numbers of taps, as the first table has them: some, such as nmf's area, are less for more memory, and
+-1 is the best that they can reach."""
 
 
 def comparison_table(found: Comparison) -> str:
@@ -40,6 +42,14 @@ def _titled(title: str, kind: str, rows: list[list[str]]) -> str:
     return "\n".join([title, *aligned([list(COLUMNS[kind]), *rows])]) if rows else ""
 
 
+def _estimate(estimate: Row | None) -> tuple[str, str]:
+    """Two cells, mean and interval; dashes where there is none."""
+    if estimate is None:
+        return "-", "-"
+    ends = "-" if estimate["low"] is None else f"[{number(estimate['low'])}, {number(estimate['high'])}]"
+    return number(estimate["mean"]), ends
+
+
 def _runs(runs: Sequence[Row]) -> str:
     lines = []
     for run in runs:
@@ -48,6 +58,7 @@ def _runs(runs: Sequence[Row]) -> str:
             f"{run['run']}   seed {run['seed']}   N = {run['N']:,} members and as many non-members   "
             f"train accuracy {run['train_accuracy']:.1%}   gap {run['gap']:.1%}   cost: {cost}"
         )
+        lines += [f"  left out: {name}: {why}" for name, why in run["left_out"].items()]
     return "\n".join(lines)
 
 
@@ -58,8 +69,8 @@ def _findings(rows: Sequence[Row]) -> str:
             row["quantity"],
             row["tap"] or "-",
             str(row["count"]),
-            *mean_and_interval(row["value"]),
-            *mean_and_interval(row["non_members"]),
+            *_estimate(row["value"]),
+            *_estimate(row["non_members"]),
             number(row["chance"]),
             " ".join(f"{name} {number(value)}" for name, value in row["controls"].items()) or "-",
             row["settings"],
@@ -77,7 +88,7 @@ def _planted(run: str, rows: Sequence[Row]) -> str:
         cells = [
             [
                 row["score"], str(row["N"]), str(row["count"]), f"{row['chance']:.1f}",
-                *mean_and_interval(row["members"]), *mean_and_interval(row["non_members"]),
+                *_estimate(row["members"]), *_estimate(row["non_members"]),
             ]
             for row in ranked
         ]  # fmt: skip
@@ -95,7 +106,7 @@ def _agreement(rows: Sequence[Row]) -> str:
     cells = [
         [
             row["b"] if row["a"] == reference else row["a"], str(row["runs"]), str(row["N"]), "0",
-            *mean_and_interval(row["kendall"]), *mean_and_interval(row["spearman"]),
+            *_estimate(row["kendall"]), *_estimate(row["spearman"]),
         ]
         for row in sorted(mine, key=lambda row: -(row["kendall"] or {"mean": -2})["mean"])
     ]  # fmt: skip
@@ -116,5 +127,5 @@ def _granulated(rows: Sequence[Row]) -> str:
 
 def _partial(rows: Sequence[Row]) -> str:
     ranked = sorted(rows, key=lambda row: -row["partial"]["mean"])
-    cells = [[row["measure"], str(row["runs"]), "0", *mean_and_interval(row["partial"])] for row in ranked]
+    cells = [[row["measure"], str(row["runs"]), "0", *_estimate(row["partial"])] for row in ranked]
     return _titled("Which run generalises worse, given its train accuracy", "partial", cells)

@@ -35,12 +35,16 @@ class Collected:
     """Every measure of one run.
 
     Attributes:
+        name: of the run, unlike that of any other it is compared with.
         subject: the run and its samples.
         found: by measure.
+        left_out: by measure why it could not be taken.
     """
 
+    name: str
     subject: Subject
     found: dict[str, Found]
+    left_out: dict[str, str]
 
     @property
     def run(self) -> Run:
@@ -55,7 +59,7 @@ class Collected:
 
 def collect(
     run_dir: str | Path,
-    names: Sequence[str],
+    names: Sequence[str] | None = None,
     *,
     taps: Sequence[str] | None = None,
     samples: int | None = None,
@@ -67,7 +71,8 @@ def collect(
 
     Args:
         run_dir: the run's folder.
-        names: of the measures, each once; keys of ``MEASURES``.
+        names: of the measures, each once; keys of ``MEASURES``. None for every one that can be taken of this run: not
+            each network has a ReLU, nor each class ten samples.
         taps: patterns; by default the run's own.
         samples: members, and as many non-members, at most.
         seed: of everything that a measure draws.
@@ -77,7 +82,7 @@ def collect(
     Raises:
         UserError: the run cannot be opened, or a measure is unknown, or cannot be taken of it (which says why).
     """
-    if not names or len(set(names)) < len(names):
+    if names is not None and (not names or len(set(names)) < len(names)):
         raise UserError(f"--measures is {' '.join(names)!r}; expected some of {', '.join(MEASURES)}, each once")
     run = open_run(run_dir, device=device)
     subject = Subject.of(run, taps=taps, samples=samples, seed=seed)
@@ -87,7 +92,16 @@ def collect(
         "samples": len(subject.members),
         "seed": seed,
     }
-    return Collected(subject, {name: _taken(name, subject, settings, say) for name in names})
+    found: dict[str, Found] = {}
+    left_out: dict[str, str] = {}
+    for name in MEASURES if names is None else names:
+        try:
+            found[name] = _taken(name, subject, settings, say)
+        except UserError as error:
+            if names is not None:
+                raise
+            left_out[name] = str(error)
+    return Collected(run.name, subject, found, left_out)
 
 
 def _taken(name: str, subject: Subject, settings: dict[str, Any], say: Any) -> Found:
@@ -107,10 +121,9 @@ def _taken(name: str, subject: Subject, settings: dict[str, Any], say: Any) -> F
 
 
 @cache
-def _code() -> str:
-    """Hash of all modules beside this one and of what they rest on: an older version's finds are not this one's."""
-    here = Path(__file__).parent
-    files = [*sorted(here.glob("*.py")), *sorted((here.parents[1] / "low_rank").glob("*.py"))]
+def _code(package: Path = Path(__file__).parents[2]) -> str:
+    """Hash of all modules of the package: what an older version found is not taken for this one's."""
+    files = sorted(package.rglob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 

@@ -39,10 +39,12 @@ class Subject:
         """Equally many members and non-members of a run, at most ``samples`` of each.
 
         Raises:
-            UserError: a group has too few samples.
+            UserError: a group has too few samples, or too few are asked for.
         """
+        if samples is not None and samples < FEWEST:
+            raise UserError(f"--samples is {samples}; expected at least {FEWEST} of each group")
         sizes = [len(group.view.ids) for group in run.groups.values()]
-        count = min([*sizes, samples or max(sizes)])
+        count = min(sizes if samples is None else [*sizes, samples])
         if count < FEWEST:
             raise UserError(
                 f"the run has {sizes[0]} members and {sizes[1]} non-members; expected at least {FEWEST} of each"

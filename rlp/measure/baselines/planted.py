@@ -21,6 +21,7 @@ def planted_findings(
     """
     rows = []
     for kind, (planted, _) in planted_masks(subject.members).items():
+        count = int((planted & np.isfinite(members)).sum())
         value = planted_auroc(members, subject.members, kind)
         if value is None:
             continue
@@ -34,7 +35,7 @@ def planted_findings(
                 chance=0.5,
                 controls={"class loss": loss.mean if loss else None},
                 count=value.samples,
-                settings=f"{settings}; {int(planted.sum())} planted".lstrip("; "),
+                settings=f"{settings}; {count} planted".lstrip("; "),
             )
         )
     return rows

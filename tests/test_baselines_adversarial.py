@@ -102,6 +102,13 @@ def test_a_larger_box_holds_more_critical_samples(subject: Subject) -> None:
     assert ratios[-1] > 0.5
 
 
+def test_a_share_ends_at_none_and_all(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One critical sample of 40: the normal interval would begin below 0."""
+    monkeypatch.setattr(adversarial, "_scores", lambda *_: np.eye(40)[0])
+    (row, *_) = adversarial.measure(subject).rows
+    assert (row.value.mean, row.value.low) == (1 / 40, 0)
+
+
 def test_scores_are_those_of_each_image(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each sample's own image, r in pixels' units, within valid pixels."""
     boxes: list[tuple[Tensor, Tensor, Tensor]] = []

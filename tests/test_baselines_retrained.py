@@ -17,6 +17,7 @@ from rlp.measure.baselines import checks_retrained, dynamics, feldman_zhang, lir
 from rlp.measure.baselines.check import CheckResult
 from rlp.measure.baselines.interface import Findings, Subject
 from rlp.measure.baselines.planted import planted_auroc, planted_findings
+from rlp.measure.rows import class_loss
 from rlp.measure.run import open_run
 import train_rlp
 
@@ -213,7 +214,9 @@ def test_planted_rows_by_counting_pairs(subject: Subject) -> None:
     assert row.value.mean == pytest.approx(statistics.mean(0.5 if a == b else float(a > b) for a, b in pairs))
     assert (row.count, row.chance, row.non_members) == (39, 0.5, None)
     assert row.settings == f"k 30; {int((wrong & np.isfinite(score)).sum())} planted"
-    assert row.controls["class loss"] is not None
+    loss = class_loss(subject.members)
+    pairs = [(loss[a], loss[b]) for a in range(40) for b in range(40) if wrong[a] and not wrong[b] and score[a] > -1]
+    assert row.controls["class loss"] == pytest.approx(statistics.mean(float(a > b) for a, b in pairs))
     assert planted_auroc(np.full(40, np.nan), subject.members) is None
     clean = replace(subject, members=replace(subject.members, given=subject.members.true))
     assert planted_findings(clean, "knn", "disagreement", score) == []

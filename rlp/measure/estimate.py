@@ -101,6 +101,11 @@ def mean_estimate(values: Sequence[np.ndarray], *, level: float = 0.95) -> Estim
     return _estimate([_checked(values)], level)
 
 
+def share_estimate(holds: np.ndarray) -> Estimate:
+    """Share of the samples for which something holds, bool ``[N]``: :func:`mean_estimate`, with ends from 0 to 1."""
+    return _clipped(mean_estimate([holds[None]]), 0.0, 1.0)
+
+
 def kappa_estimate(correct: Sequence[np.ndarray], n: int, *, level: float = 0.95) -> Estimate:
     """κ = (n·acc - 1)/(n - 1), 0 at chance and 1 where every random label is right; see :func:`mean_estimate`.
 

@@ -20,7 +20,7 @@ from rlp.errors import UserError
 from rlp.measure.baselines.interface import Finding, Findings, SampleScore, Subject
 from rlp.measure.baselines.planted import planted_findings
 from rlp.measure.baselines.pool import Pool
-from rlp.measure.estimate import mean_estimate
+from rlp.measure.estimate import share_estimate
 from rlp.measure.features import FeatureSet
 from rlp.seeding import named_seed
 
@@ -58,7 +58,7 @@ def measure(
         _scores(subject, samples, model, radius, steps, step, noise)
         for samples, model in zip(sets, models, strict=True)
     )
-    ratios = [mean_estimate([(score > 0)[None]]) for score in (members, others, untrained)]
+    ratios = [share_estimate(score > 0) for score in (members, others, untrained)]
     settings = f"L∞ radius {radius:.4f} of the pixels' range, {steps} steps of {step:.4f}, noise {noise:g} of that"
     ratio = Finding(
         measure=NAME,

@@ -57,8 +57,7 @@ class Stack:
         """Class logits ``[M, B, C]`` of images ``[M, B, 3, H, W]``, each copy's ``own``, or ``[B, 3, H, W]``."""
         if self.together:
             each = vmap(self._one, in_dims=(0, 0, 0 if own else None), randomness="different")
-            with warnings.catch_warnings():  # an operation without a rule of its own runs copy by copy inside
-                warnings.filterwarnings("ignore", "There is a performance drop")
+            with quiet():
                 return each(self.params, self.buffers, images)
         return torch.stack([self._one(*self.state(m), images[m] if own else images) for m in range(self.copies)])
 
@@ -122,7 +121,8 @@ class Moment:
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Normalised clean images ``[B, 3, H, W]`` and given classes ``[B]`` of the pool, in order."""
-        for images, ids, labels in zip(*(x.split(size) for x in _columns(self.pool)), strict=True):
+        columns = (self.pool.images, self.pool.ids, self.pool.labels)
+        for images, ids, labels in zip(*(column.split(size) for column in columns), strict=True):
             yield self.run.augment(images.permute(0, 3, 1, 2), ids, 0, train=False), labels
 
 
@@ -208,7 +208,8 @@ def _step(run: Run, pool: Pool, stack: Stack, optimizer: torch.optim.Optimizer, 
     logits = stack(images.view(*batch.shape, *images.shape[1:]), own=True)
     loss = F.cross_entropy(logits.flatten(0, 1), labels, label_smoothing=recipe.label_smoothing)
     optimizer.zero_grad(set_to_none=True)
-    (loss * len(batch)).backward()
+    with quiet():
+        (loss * len(batch)).backward()
     if recipe.clip_norm > 0:
         stack.clip(recipe.clip_norm)
     optimizer.step()
@@ -233,8 +234,12 @@ def _example(run: Run, pool: Pool) -> Tensor:
     return run.augment(pool.images[few].permute(0, 3, 1, 2), pool.ids[few], 0, train=False)
 
 
-def _columns(pool: Pool) -> tuple[Tensor, Tensor, Tensor]:
-    return pool.images, pool.ids, pool.labels
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the warning that an operation has no vectorised rule of its own, and runs copy by copy inside."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop")
+        yield
 
 
 @contextmanager

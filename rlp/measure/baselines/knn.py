@@ -15,7 +15,7 @@ Cost: N² · 64 subtractions a tap and group. 50,000 members on one core: about 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor
 from rlp.measure.baselines.images import inputs_of
 from rlp.measure.baselines.interface import Finding, Findings, SampleScore, Subject
 from rlp.measure.baselines.neighbours import Reduction, nearest, vote
-from rlp.measure.estimate import Estimate, mean_estimate
+from rlp.measure.estimate import Estimate, share_estimate
 from rlp.measure.features import FeatureSet
 
 INPUT = "input"
@@ -126,11 +126,8 @@ class _Pair:
 
     @property
     def estimate(self) -> Estimate:
-        """The same with its interval, which ends at 0 and 1."""
-        found = mean_estimate([(self.votes == self.expected)[None, self.among]])
-        if found.low is None or found.high is None:
-            return found
-        return replace(found, low=max(0.0, found.low), high=min(1.0, found.high))
+        """The same with its interval."""
+        return share_estimate((self.votes == self.expected)[self.among])
 
     @property
     def chance(self) -> float:

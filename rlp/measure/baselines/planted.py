@@ -19,13 +19,13 @@ def planted_findings(
         members, others: the score, float ``[N]``, larger for planted samples; NaN for samples without one.
         settings: of the score.
     """
-    rows = []
+    rows, scored = [], np.isfinite(members)
     for kind, (planted, _) in planted_masks(subject.members).items():
-        count = int((planted & np.isfinite(members)).sum())
+        count = int((planted & scored).sum())
         value = planted_auroc(members, subject.members, kind)
         if value is None:
             continue
-        loss = planted_auroc(class_loss(subject.members), subject.members, kind)
+        loss = planted_auroc(np.where(scored, class_loss(subject.members), np.nan), subject.members, kind)
         rows.append(
             Finding(
                 measure=measure,

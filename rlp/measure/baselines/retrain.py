@@ -17,7 +17,7 @@ from torch.func import functional_call, grad, vmap
 import torch.nn.functional as F
 
 from rlp.files import write_atomically
-from rlp.measure.baselines.ensemble import Moment, train_together
+from rlp.measure.baselines.ensemble import Moment, quiet, train_together
 from rlp.measure.baselines.pool import Pool
 from rlp.measure.run import Run
 
@@ -66,7 +66,8 @@ def gradient(moment: Moment) -> Tensor:
         each = vmap(length, in_dims=(None, None, 0, 0))
         if not stack.together:
             each = _one_by_one(length)
-        return torch.cat([each(*state, images, labels) for images, labels in moment.batches(batch)])
+        with quiet():
+            return torch.cat([each(*state, images, labels) for images, labels in moment.batches(batch)])
 
     return torch.stack([of_copy(copy) for copy in range(stack.copies)])
 

@@ -14,10 +14,17 @@ import os
 from pathlib import Path
 import shlex
 import sys
+from typing import TYPE_CHECKING
 
 from rlp.errors import UserError, exit_on_user_error
 from rlp.files import write_atomically
 from rlp.runlog import environment
+
+if TYPE_CHECKING:
+    from rlp.sweep.plan import Sweep
+    from rlp.sweep.result import Result
+    from rlp.sweep.space import Regulariser
+    from rlp.sweep.trials import Outcome
 
 INTERRUPTED = 130
 
@@ -41,17 +48,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def sweep(arguments: argparse.Namespace, overrides: Sequence[str], command: str) -> None:
     """Search, choose, retrain, read, write."""
-    from rlp.report.figures import FORMATS, rendered
-    from rlp.reproduce.fields import check_known
-    from rlp.reproduce.study import in_parallel, write_data
-    from rlp.sweep.figure import sweep_figure
-    from rlp.sweep.plan import Sweep, check_networks, option_names
-    from rlp.sweep.readings import probe_tasks, read_final
-    from rlp.sweep.result import Result, as_json
-    from rlp.sweep.space import read_space
-    from rlp.sweep.table import as_markdown, summary_lines
-    from rlp.sweep.trials import best_of, devices, run_all
+    from rlp.sweep.plan import check_networks
+    from rlp.sweep.table import summary_lines
+    from rlp.sweep.trials import devices
     from rlp.sweep.validation import write_validation
+
+    plan = _planned(arguments, overrides)
+    count = write_validation(plan)
+    check_networks(plan)
+    cores = len(os.sched_getaffinity(0)) // plan.space.threads
+    results = _results(plan, arguments.jobs or len(devices()) or max(1, cores))
+    _write(plan, results, count, command)
+    print("\n".join([*summary_lines(results), f"written: {plan.out / 'sweep.md'}, {plan.out / 'sweep.png'}"]))
+
+
+def _planned(arguments: argparse.Namespace, overrides: Sequence[str]) -> "Sweep":
+    """The sweep that is asked for, checked before anything is written, and its data."""
+    from rlp.reproduce.fields import check_known
+    from rlp.reproduce.study import write_data
+    from rlp.sweep.plan import Sweep, option_names
+    from rlp.sweep.space import read_space
 
     space = read_space(_space_file(arguments.config))
     for name in arguments.only or ():
@@ -59,45 +75,60 @@ def sweep(arguments: argparse.Namespace, overrides: Sequence[str], command: str)
     names = tuple(arguments.only or space.regularisers)
     out = Path(arguments.out or Path("runs") / "sweep" / space.name)
     plan = Sweep(space, names, arguments.trials or space.trials, tuple(arguments.seeds), out, tuple(overrides))
-    plan.check()  # a wrong setting is found before anything is written
+    plan.check()
     given = {key for key in option_names(overrides) if key in ("data.train", "data.val")}
     if len(given) == 1:
         raise UserError(f"{given.pop()} is given alone; expected both --data.train and --data.val, or neither")
-    if space.data is not None and not given:
-        files = {split: str(out / "data" / f"{name}.beton") for split, name in (("train", "train"), ("val", "test"))}
-        write_data(["--config", str(space.data)], files)
-        plan = dataclasses.replace(plan, data=files)
-    count = write_validation(plan)
-    check_networks(plan)
-    jobs = arguments.jobs or len(devices()) or max(1, len(os.sched_getaffinity(0)) // space.threads)
+    if space.data is None or given:
+        return plan
+    files = {split: str(out / "data" / f"{name}.beton") for split, name in (("train", "train"), ("val", "test"))}
+    write_data(["--config", str(space.data)], files)
+    return dataclasses.replace(plan, data=files)
+
+
+def _results(plan: "Sweep", jobs: int) -> "list[Result]":
+    """Every trial, the best of each regulariser retrained, and readings of those."""
+    from rlp.reproduce.study import in_parallel
+    from rlp.sweep.readings import probe_tasks, read_final
+    from rlp.sweep.result import Result
+    from rlp.sweep.trials import best_of, run_all
+
+    def of(regulariser: "Regulariser", outcomes: "Sequence[Outcome]") -> "list[Outcome]":
+        return [outcome for outcome in outcomes if outcome.training.regulariser is regulariser]
+
     outcomes = run_all(plan, plan.all_trials(), jobs, "trials")
-    chosen = {
-        each.name: best_of([o for o in outcomes if o.training.regulariser is each]) for each in plan.regularisers()
-    }
+    chosen = {each.name: best_of(of(each, outcomes)) for each in plan.regularisers()}
     wanted = [
         plan.final(each, seed, chosen[each.name].training.params) for each in plan.regularisers() for seed in plan.seeds
     ]
     retrained = run_all(plan, wanted, jobs, "retraining")
     in_parallel(probe_tasks(plan, retrained), 1, "probing")
     finals = [read_final(plan, outcome) for outcome in retrained if outcome.accuracy is not None]
-    results = [
+    return [
         Result(
-            each,
-            [o for o in outcomes if o.training.regulariser is each],
-            chosen[each.name],
-            [o for o in retrained if o.training.regulariser is each],
-            [f for f in finals if f.outcome.training.regulariser is each],
+            regulariser=each,
+            trials=of(each, outcomes),
+            chosen=chosen[each.name],
+            retrained=of(each, retrained),
+            finals=[final for final in finals if final.outcome.training.regulariser is each],
         )
         for each in plan.regularisers()
     ]
+
+
+def _write(plan: "Sweep", results: "Sequence[Result]", selection: int, command: str) -> None:
+    from rlp.report.figures import FORMATS, rendered
+    from rlp.sweep.figure import sweep_figure
+    from rlp.sweep.result import as_json
+    from rlp.sweep.table import as_markdown
+
     facts = {"command": command, "environment": environment()}
     figure = sweep_figure(plan, results)
     for suffix in FORMATS:
-        write_atomically(out / f"sweep.{suffix}", rendered(figure, suffix))
-    content = as_json(plan, results, count, facts)
-    write_atomically(out / "sweep.md", as_markdown(plan, results, count, facts))
-    write_atomically(out / "sweep.json", json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    print("\n".join([*summary_lines(results), f"written: {out / 'sweep.md'}, {out / 'sweep.png'}"]))
+        write_atomically(plan.out / f"sweep.{suffix}", rendered(figure, suffix))
+    content = as_json(plan, results, selection, facts)
+    write_atomically(plan.out / "sweep.md", as_markdown(plan, results, selection, facts))
+    write_atomically(plan.out / "sweep.json", json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _space_file(given: str) -> Path:

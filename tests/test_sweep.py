@@ -343,6 +343,20 @@ def test_a_mistake_on_the_command_line_ends_with_status_2_and_writes_nothing(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("device", "expected"), [("cpu", max(1, len(os.sched_getaffinity(0)) // 2)), ("auto", 5)])
+def test_as_many_at_a_time_as_there_are_gpus_or_cores(
+    device: str, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine with five GPUs, of trainings of two threads each; those on the processor leave the GPUs alone."""
+    seen = []
+    monkeypatch.setattr("rlp.reproduce.study.run_command", Commands())
+    monkeypatch.setattr(trials, "devices", lambda: list("01234"))
+    monkeypatch.setattr("rlp.sweep.__main__._results", lambda plan, jobs: seen.append(jobs) or sys.exit(0))
+    with pytest.raises(SystemExit):
+        main([str(written(tmp_path, threads=2)), "--out", str(tmp_path / "out"), f"--run.device={device}"])
+    assert seen == [expected]
+
+
 class Commands:
     """Runs the project's scripts in this process, and can be stopped before a training."""
 

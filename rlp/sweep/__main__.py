@@ -56,8 +56,9 @@ def sweep(arguments: argparse.Namespace, overrides: Sequence[str], command: str)
     plan = _planned(arguments, overrides)
     count = write_validation(plan)
     check_networks(plan)
+    gpus = 0 if plan.base.run.device == "cpu" else len(devices())
     cores = len(os.sched_getaffinity(0)) // plan.space.threads
-    results = _results(plan, arguments.jobs or len(devices()) or max(1, cores))
+    results = _results(plan, arguments.jobs or gpus or max(1, cores))
     _write(plan, results, count, command)
     print("\n".join([*summary_lines(results), f"written: {plan.out / 'sweep.md'}, {plan.out / 'sweep.png'}"]))
 

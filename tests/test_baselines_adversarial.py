@@ -159,3 +159,5 @@ def test_control_is_the_untrained_network(subject: Subject, monkeypatch: pytest.
     row = adversarial.measure(subject, radius=0.5).rows[0]
     assert row.controls["untrained"] == 0
     assert row.value.mean > 0.5
+    assert row.non_members is not None
+    assert row.non_members.mean > 0.5

@@ -81,6 +81,36 @@ def test_images_come_in_the_order_of_the_ids(subject: Subject) -> None:
         torch.testing.assert_close(subject.run.model(images), subject.members.logits, atol=1e-4, rtol=1e-4)
 
 
+def test_probes_are_those_of_a_loop(subject: Subject) -> None:
+    """Components of the members alone, L1, given labels; a member without itself, others and fresh weights apart."""
+    from sklearn.decomposition import PCA
+
+    def labels(anchors: np.ndarray, queries: np.ndarray | None) -> np.ndarray:
+        reduction = PCA(6, svd_solver="full").fit(anchors)
+        placed = reduction.transform(anchors)
+        asked = placed if queries is None else reduction.transform(queries)
+        distance = np.abs(asked[:, None] - placed[None]).sum(axis=2)
+        if queries is None:
+            np.fill_diagonal(distance, np.inf)
+        return subject.members.given[np.argsort(distance, axis=1)[:, :5]]
+
+    def same(found: torch.Tensor | None, expected: np.ndarray) -> bool:
+        return found is not None and float((found.numpy() == expected).mean()) > 0.99  # float32 may swap two neighbours
+
+    every = list(knn.probes(subject, k=5, width=6))
+    assert [probe.tap for probe in every] == ["input", *subject.members.features]
+    for probe in every:
+        groups = (subject.members, subject.non_members, subject.untrained)
+        if probe.tap == "input":
+            mine, theirs = (images_of(subject.run, g.ids, g.group).flatten(1).double().numpy() for g in groups[:2])
+            assert probe.untrained is None
+        else:
+            mine, theirs, fresh = (g.features[probe.tap].double().numpy() for g in groups)
+            assert same(probe.untrained, labels(fresh, None))
+        assert same(probe.members, labels(mine, None))
+        assert same(probe.non_members, labels(mine, theirs))
+
+
 def test_the_identity_of_the_paper_holds(subject: Subject, findings: Findings) -> None:
     """P_SAME = MA·acc + MD·(1 − acc), on members and on non-members, where the network is wrong on some of both."""
     for group, side in ((subject.members, "value"), (subject.non_members, "non_members")):
@@ -147,6 +177,14 @@ def test_prediction_depth_of_a_run(subject: Subject) -> None:
     assert np.array_equal(members.ids, subject.members.ids)
     assert 0 <= members.values.min() <= members.values.max() <= len(subject.members.features) + 1
     assert found.rows[0].value.mean == pytest.approx(members.values.mean())
+    votes = [
+        vote(probe.members if probe.untrained is None else probe.untrained, 4).numpy()
+        for probe in knn.probes(subject, k=5)
+    ]
+    answers = subject.members.logits.argmax(1).numpy()
+    untrained = depth.prediction_depth(np.stack(votes), answers).mean()
+    assert found.rows[0].controls["untrained"] == pytest.approx(untrained)
+    assert untrained != pytest.approx(members.values.mean())
 
 
 @pytest.mark.slow

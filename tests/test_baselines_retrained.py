@@ -17,6 +17,7 @@ from rlp.measure.baselines import checks_retrained, dynamics, feldman_zhang, lir
 from rlp.measure.baselines.check import CheckResult
 from rlp.measure.baselines.interface import Findings, Subject
 from rlp.measure.baselines.planted import planted_auroc, planted_findings
+from rlp.measure.features import extract
 from rlp.measure.rows import class_loss
 from rlp.measure.run import open_run
 import train_rlp
@@ -310,6 +311,14 @@ def test_copies_of_a_regularised_run_are_plain_and_said_to_be(subject: Subject) 
     )]  # fmt: skip
     assert all(each.endswith("; copies without train.mixup, train.patience") for each in settings)
     assert copies.rows[0].settings.endswith("; copies without train.tied_dropout")
+
+
+def test_lira_untrained_asks_fresh_weights_of_both_groups(subject: Subject) -> None:
+    found = lira._untrained(subject)
+    fresh = [extract(subject.run, group, limit=40, seed=5, untrained=True) for group in ("members", "non-members")]
+    for values, samples, mine in zip(found, fresh, (subject.members, subject.non_members), strict=True):
+        assert np.array_equal(samples.ids, mine.ids)
+        assert values == pytest.approx(lira.confidence(samples), abs=1e-4)
 
 
 def test_lira_finds_what_a_shadow_trained_on(subject: Subject) -> None:

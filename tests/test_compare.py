@@ -16,7 +16,7 @@ from rlp.errors import UserError
 from rlp.measure import baselines, open_run
 from rlp.measure.__main__ import main
 from rlp.measure.baselines import MEASURES, Finding, Findings, SampleScore, Subject, collect, load_measure
-from rlp.measure.compare import _planted_rows, compare
+from rlp.measure.compare import _facts, _planted_rows, compare
 from rlp.measure.compare_table import COLUMNS, LEGEND, comparison_table
 from rlp.measure.estimate import mean_estimate
 from rlp.measure.rows import class_loss
@@ -104,6 +104,24 @@ def test_samples_without_a_score_do_not_count(runs: list[Path]) -> None:
     (row,) = _planted_rows(collect.Collected("a", subject, found, {}))
     wrong = (samples.given != samples.true)[25:]
     assert (row["N"], row["count"]) == (15, int(wrong.sum()))
+
+
+def test_facts_of_a_run_are_those_of_its_deepest_tap(runs: list[Path]) -> None:
+    subject = Subject.of(open_run(runs[0]), taps=["block2", "block3"], samples=40)
+    at = {"measure": "m", "quantity": "q", "non_members": None, "chance": None, "count": 2}
+    rows = [
+        Finding(value=mean_estimate([np.full((1, 2), depth)]), tap=f"block{depth}", depth=depth, **at)
+        for depth in (0, 2, 1)
+    ]
+    score = SampleScore(name="s", group="members", ids=subject.members.ids, values=np.arange(40.0))
+    findings = {"m": collect.Found(Findings(scores=(score,), rows=tuple(rows)), 0.0)}
+    facts = _facts(collect.Collected("a", subject, findings, {}))
+    assert facts.values == {"s": 19.5, "m q": 2}
+    right = [
+        sum(int(row.argmax()) == given for row, given in zip(samples.logits, samples.given, strict=True)) / 40
+        for samples in (subject.members, subject.non_members)
+    ]
+    assert (facts.train_accuracy, facts.gap) == pytest.approx((right[0], right[0] - right[1]))
 
 
 def count_calls(monkeypatch: pytest.MonkeyPatch, broken: bool = False) -> list[Subject]:

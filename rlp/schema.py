@@ -273,7 +273,7 @@ class TrainingConfig(Section, name="train"):
     bilevel: int = key(
         0,
         "Deep Bilevel Learning: splits of a batch, with equal class lists, of which the first validates the others; 0 "
-        "for none, 8 with data.batch_size 64 in the paper",
+        "for none, 8 with data.batch_size 64 in the paper. With a mixup the others are mixed, each within itself",
         Check(lambda value: value == 0 or value >= 2, "0 or at least 2"),
     )
     bilevel_mu: float = key(0.01, "μ of train.bilevel: what is added to the squared norm of a gradient", at_least(0))
@@ -284,7 +284,7 @@ class TrainingConfig(Section, name="train"):
     tied_taps: tuple[str, ...] = key((), "modules whose output example-tied dropout masks: paths or globs")
 
     def check(self) -> None:
-        """The schedule, and one regulariser at most, with its taps."""
+        """The schedule, and regularisers that go together, with their taps."""
         self._check_regularisers()
         if self.warmup_epochs > self.epochs:
             raise UserError(
@@ -296,9 +296,12 @@ class TrainingConfig(Section, name="train"):
 
     def _check_regularisers(self) -> None:
         chosen = [name for name in ("mixup", "manifold_mixup", "bilevel", "tied_dropout") if getattr(self, name)]
-        if len(chosen) > 1:
+        if len(chosen) > 1 and chosen not in (["mixup", "bilevel"], ["manifold_mixup", "bilevel"]):
             both = " and ".join(f"train.{name}" for name in chosen)
-            raise UserError(f"{both} are set; expected one of them, for each decides what a batch's class loss is")
+            raise UserError(
+                f"{both} are set; expected one of them, or train.bilevel with a mixup, for each decides what a batch's "
+                "class loss is"
+            )
         for name, taps in (("manifold_mixup", "manifold_taps"), ("tied_dropout", "tied_taps")):
             if getattr(self, name) and not getattr(self, taps):
                 raise UserError(

@@ -19,7 +19,9 @@ from rlp.errors import UserError
 from rlp.measure.baselines.checks_training import check_bilevel
 from rlp.measure.estimate import Estimate
 from rlp.progress import Progress
-from rlp.regularisers.bilevel import Bilevel
+from rlp.regularisers.bilevel import Bilevel, flat, weighted_direction
+from rlp.regularisers.class_loss import Plain
+from rlp.regularisers.mixing import Mixing
 
 SPLITS, EACH, CLASSES = 4, 3, 5
 BILEVEL: dict[str, Any] = {"train__bilevel": 5}  # of 20 images, 4 a split
@@ -59,7 +61,7 @@ def test_the_gradient_is_the_weighted_one(mu: float, smoothing: float) -> None:
     size = sum(abs(omega) for omega in omegas)
     assert min(omegas) < 0 < max(omegas)  # a split is taken back too
 
-    losses = Bilevel(list(model.parameters()), SPLITS, mu, smoothing)
+    losses = Bilevel(list(model.parameters()), SPLITS, mu, Plain(smoothing))
     found = losses.step(model, batch.image, batch, Progress())
     (2 * found.loss).backward()  # as a scaler or an accumulated step would
     for place, parameter in enumerate(model.parameters()):
@@ -69,6 +71,32 @@ def test_the_gradient_is_the_weighted_one(mu: float, smoothing: float) -> None:
     logits = model(batch.image)
     torch.testing.assert_close(found.loss, F.cross_entropy(logits, label, label_smoothing=smoothing))
     assert found.correct == (logits.argmax(1) == label).sum()
+
+
+def test_with_mixup_all_splits_but_the_first_are_mixed_each_within_itself() -> None:
+    """From mixtures and label vectors that are made by hand, with a draw for every split of every batch."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 8), nn.ReLU(), nn.Linear(8, CLASSES))
+    label = torch.arange(SPLITS * EACH) % CLASSES
+    batch = Batch(torch.randn(SPLITS * EACH, 3, 4, 4), label, label, label[:, None])
+    mixing = Mixing(0.8, seed=4)
+    draws = [mixing.draw(2, 7 * SPLITS + number, EACH) for number in range(SPLITS)]
+    assert len({draw.lam for draw in draws}) == SPLITS
+    gradients, values = [], []
+    for number, (lam, partner, _) in enumerate(draws):
+        rows = slice(number * EACH, (number + 1) * EACH)
+        x, y = batch.image[rows], F.one_hot(label[rows], CLASSES).float()
+        if number:
+            x, y = lam * x + (1 - lam) * x[partner], lam * y + (1 - lam) * y[partner]
+        values.append(-(y * model(x).log_softmax(1)).sum(1).mean())
+        gradients.append(flat(torch.autograd.grad(values[-1], list(model.parameters()))))
+    found = Bilevel(list(model.parameters()), SPLITS, training=mixing).step(
+        model, batch.image, batch, Progress(epoch=2, batch=7)
+    )
+    torch.testing.assert_close(found.loss, torch.stack(values).mean())
+    found.loss.backward()
+    direction = torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
+    torch.testing.assert_close(direction, weighted_direction(torch.stack(gradients), 0.01), rtol=1e-4, atol=1e-6)
 
 
 def test_frozen_parameters_and_those_that_take_no_part_are_let_alone() -> None:
@@ -128,8 +156,9 @@ def test_lambda_zero_changes_nothing(folder: Path) -> None:
     assert int(with_heads.heads.steps) == with_heads.progress.step
 
 
-def test_resume_is_exact_within_an_epoch(folder: Path) -> None:
-    changes = {**BILEVEL, "run__checkpoint_every": 1, "heads__lam": 0.5}
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_resume_is_exact_within_an_epoch(folder: Path, alpha: float) -> None:
+    changes = {**BILEVEL, "train__mixup": alpha, "run__checkpoint_every": 1, "heads__lam": 0.5}
     whole = make_trainer(folder, "whole", **changes)
     expected = whole.fit()
     broken = make_trainer(folder, "broken", **changes)

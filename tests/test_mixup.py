@@ -247,7 +247,10 @@ def test_two_ranks_train_as_one_that_pairs_within_halves(folder: Path, monkeypat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train__mixup": 1.0, "train__bilevel": 4}, "train.mixup and train.bilevel are set; expected one of them"),
+        (
+            {"train__mixup": 1.0, "train__manifold_mixup": 1.0, "train__bilevel": 4},
+            "train.mixup and train.manifold_mixup and train.bilevel are set; expected one of them",
+        ),
         ({"train__manifold_mixup": 1.0}, "train.manifold_taps is empty; expected modules"),
         ({"train__mixup": -1.0}, "train.mixup is -1.0; expected a number, at least 0"),
         ({**MODES["manifold"], "model__compile": True}, "expected model.compile false"),

@@ -1,4 +1,4 @@
-"""Regularisers that change how a batch becomes the class loss: at most one of them beside the heads.
+"""Regularisers that change how a batch becomes the class loss: one of them beside the heads, or bilevel with mixup.
 
 A regulariser is a :class:`rlp.regularisers.class_loss.ClassLoss`; :func:`regulariser_of` makes the run's.
 """
@@ -21,14 +21,21 @@ def regulariser_of(config: TrainConfig, model: nn.Module) -> ClassLoss:
     Raises:
         UserError: a tap does not exist.
     """
+    train = config.train
+    plain = Plain(train.label_smoothing)
+    mixing = _mixing_of(config, model)
+    if train.bilevel:
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return Bilevel(trained, train.bilevel, train.bilevel_mu, plain, mixing)
+    tied = tied_dropout_of(model)
+    return mixing or (plain if tied is None else Tied(tied, train.label_smoothing))
+
+
+def _mixing_of(config: TrainConfig, model: nn.Module) -> Mixing | None:
     train, seed = config.train, config.run.seed
     if train.mixup:
         return Mixing(train.mixup, seed, train.label_smoothing)
     if train.manifold_mixup:
         modules = modules_at(model, train.manifold_taps, "train.manifold_taps")
         return Mixing(train.manifold_mixup, seed, train.label_smoothing, modules)
-    if train.bilevel:
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        return Bilevel(trained, train.bilevel, train.bilevel_mu, train.label_smoothing)
-    tied = tied_dropout_of(model)
-    return Plain(train.label_smoothing) if tied is None else Tied(tied, train.label_smoothing)
+    return None

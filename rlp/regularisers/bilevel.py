@@ -8,17 +8,20 @@ losses, the network goes along ``Σ_{i≥1} ω_i g_i`` where
 so a split whose step would raise the validation loss is even taken back (Jenni and Favaro, "Deep Bilevel Learning",
 ECCV 2018, arXiv 1809.01465). Gradients are of the class loss in the network's parameters: heads have no part in ω, and
 a penalty's gradient and the optimiser's weight decay are added after it. Batch norm sees one split at a time.
+
+The splits 1 and on may be mixed (the paper's best rows are "with mixup"; how, could not be read). *Ours*: each within
+itself, with a draw of its own, and the validation split as it is.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-import torch.nn.functional as F
 
 from rlp.data.batch import Batch
 from rlp.progress import Progress
-from rlp.regularisers.class_loss import ClassStep, Forward, count_correct
+from rlp.regularisers.class_loss import ClassLoss, ClassStep, Forward, Plain
 
 _SMALLEST = 1e-30
 
@@ -32,25 +35,34 @@ class Bilevel:
         parameters: of the network, those that train.
         splits: how many, at least 2.
         mu: μ >= 0, against small gradients.
-        label_smoothing: in every split's loss.
+        validation: the loss of split 0.
+        training: that of the others, which are numbered on over batches; by default the same.
     """
 
     clean = False
 
     def __init__(
-        self, parameters: Sequence[nn.Parameter], splits: int, mu: float = 0.01, label_smoothing: float = 0.0
+        self,
+        parameters: Sequence[nn.Parameter],
+        splits: int,
+        mu: float = 0.01,
+        validation: ClassLoss | None = None,
+        training: ClassLoss | None = None,
     ) -> None:
-        self.parameters, self.splits, self.mu, self.label_smoothing = parameters, splits, mu, label_smoothing
+        self.parameters, self.splits, self.mu = parameters, splits, mu
+        self.validation = validation or Plain()
+        self.training = training or self.validation
 
     def step(self, forward: Forward, image: Tensor, batch: Batch, progress: Progress) -> ClassStep:
         """One pass for each split. The loss is the splits' mean, and its gradient the weighted one."""
         values, rights, gradients = [], [], []
-        for part, label in zip(image.chunk(self.splits), batch.label.chunk(self.splits), strict=True):
-            logits = forward(part).float()
-            loss = F.cross_entropy(logits, label, label_smoothing=self.label_smoothing)
+        parts = zip(*(tensor.chunk(self.splits) for tensor in (image, *batch)), strict=True)
+        for number, (shown, *part) in enumerate(parts):
+            place = replace(progress, batch=progress.batch * self.splits + number)
+            loss, correct = (self.training if number else self.validation).step(forward, shown, Batch(*part), place)
             gradients.append(self._gradient(loss))
             values.append(loss.detach())
-            rights.append(count_correct(logits, label))
+            rights.append(correct)
         with torch.autocast(image.device.type, enabled=False):  # it would round ω and the direction
             direction = weighted_direction(torch.stack(gradients), self.mu)
             # A sum that is zero, and whose gradient in the parameters is the direction.

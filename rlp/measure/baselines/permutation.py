@@ -9,7 +9,7 @@ each image, which has the same, shuffled, label. With labels that say nothing on
 
 A network with fresh weights keeps samples apart best of all, so the accuracy of shuffles alone is no sign of having
 been trained on: read member − non-member. *Ours*: the view, which the source leaves open, is Gaussian noise on the
-image (0.3 of the pixels' deviation), or the run's own augmentation; recorded with the number. Neighbours do not depend
+image (0.25 of the pixels' deviation), or the run's own augmentation; recorded with the number. Neighbours do not depend
 on labels, so shuffles cost nothing: N² · D products a tap and group, minutes at 50,000 × 640 on a CPU.
 """
 
@@ -78,7 +78,7 @@ def shuffled(neighbour: np.ndarray, labels: np.ndarray, shuffles: int, seed: int
     return Shuffles(true, null, right / shuffles, float((shares**2).sum()))
 
 
-def measure(subject: Subject, *, shuffles: int = 999, noise: float | None = 0.3) -> Findings:
+def measure(subject: Subject, *, shuffles: int = 999, noise: float | None = 0.25) -> Findings:
     """Null accuracy, true accuracy and p of every tap, and the score ``permutation`` of the last.
 
     The score is the share of shuffles in which 1-NN gives a sample's view its shuffled label: high where the view is

@@ -9,17 +9,8 @@ import numpy as np
 import pytest
 
 from rlp.measure import agreement
-from rlp.measure.agreement import (
-    RunFacts,
-    agreement_rows,
-    granulated_rows,
-    kendall,
-    over_runs,
-    pairs_by_setting,
-    partial_rows,
-    partial_spearman,
-    spearman,
-)
+from rlp.measure.agreement import agreement_rows, kendall, over_runs, spearman
+from rlp.measure.agreement_runs import RunFacts, granulated_rows, pairs_by_setting, partial_rows, partial_spearman
 
 small = st.integers(0, 5)
 

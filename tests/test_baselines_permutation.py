@@ -7,6 +7,7 @@ from probed_run import tiny_finished_run
 import pytest
 import torch
 
+from rlp.errors import UserError
 from rlp.measure.baselines import permutation
 from rlp.measure.baselines.checks_features import check_permutation
 from rlp.measure.baselines.images import noisy_features
@@ -93,4 +94,11 @@ def test_an_untrained_network_memorises_more_than_a_trained_one() -> None:
 def test_a_view_of_nobody_else(subject: Subject, tmp_path: Path) -> None:
     """The augmented view shows the same samples in the same order."""
     view = permutation._view(subject, subject.members, None, False)
-    assert {tap: len(values) for tap, values in view.items()} == dict.fromkeys(view, len(subject.members))
+    for tap, values in subject.members.features.items():
+        away = torch.cdist(view[tap], values)
+        assert (away.diagonal() < away.median(dim=1).values).float().mean() > 0.9  # another order would give a half
+
+
+def test_no_shuffles_are_refused(subject: Subject) -> None:
+    with pytest.raises(UserError, match="0 shuffles of the labels; expected at least 1"):
+        permutation.measure(subject, shuffles=0)

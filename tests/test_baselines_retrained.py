@@ -1,6 +1,5 @@
 """Measures from retrained copies, Feldman-Zhang, training dynamics, LiRA: held to slow counting and planted truth."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 import math
@@ -13,10 +12,10 @@ from probed_run import tiny_finished_run
 import pytest
 
 from rlp.errors import UserError
-from rlp.measure.baselines import checks_retrained, dynamics, feldman_zhang, lira
-from rlp.measure.baselines.check import CheckResult
+from rlp.measure.baselines import dynamics, feldman_zhang, lira
 from rlp.measure.baselines.interface import Findings, Subject
 from rlp.measure.baselines.planted import planted_auroc, planted_findings
+from rlp.measure.check_command import load_check
 from rlp.measure.features import extract
 from rlp.measure.rows import class_loss
 from rlp.measure.run import open_run
@@ -336,11 +335,9 @@ def test_lira_finds_what_a_shadow_trained_on(subject: Subject) -> None:
 # The cards' checks on digits, at a small size; the runs are shared.
 
 
-@pytest.mark.parametrize(
-    "check", [checks_retrained.check_feldman_zhang, checks_retrained.check_el2n, checks_retrained.check_lira]
-)
-def test_check_on_digits(check: Callable[..., list[CheckResult]]) -> None:
-    results = check(seeds=(0,), small=True)
+@pytest.mark.parametrize("name", ["feldman_zhang", "el2n", "lira", "disagreement", "random_labels"])
+def test_check_on_digits(name: str) -> None:
+    results = load_check(name)((0,), True)
     assert results
     for result in results:
         assert result.passed, (result.quantity, str(result.found))

@@ -10,9 +10,10 @@ from tiny_run import assert_same_tensors, final_state, tiny_config, write_tiny_s
 import torch
 
 from rlp.errors import UserError
+from rlp.measure.features import extract
 from rlp.measure.run import open_run
 from rlp.models import build_model
-from rlp.regularisers.tied_dropout import TiedDropout
+from rlp.regularisers.tied_dropout import TiedDropout, tied_dropout_of
 
 TIED: dict[str, Any] = {"train__tied_dropout": 0.5, "train__tied_per_sample": 0.25, "train__tied_taps": ["block2"]}
 
@@ -117,6 +118,19 @@ def test_a_run_that_is_opened_again_leaves_the_same_channels_out(folder: Path) -
     keep[:, 16:] = 0
     plain.get_submodule("block2").register_forward_hook(lambda *arguments: arguments[2] * keep)
     torch.testing.assert_close(plain(image), answer)
+
+
+def test_features_in_train_mode_are_those_of_each_samples_own_channels(folder: Path) -> None:
+    run = open_run(tiny_finished_run(folder, **TIED), device="cpu")
+    [tap] = run.config.train.tied_taps
+    found = extract(run, "members", taps=[tap], mode="train")
+    index = torch.from_numpy(found.ids)
+    dropout = tied_dropout_of(run.model)
+    assert dropout is not None
+    kept = dropout.mask(tap, found.features[tap].shape[1], index)
+    assert not kept.all()
+    assert not found.features[tap][~kept].any()
+    assert found.features[tap][kept].any()
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ CHECKS = {
     "feldman_zhang": "checks_retrained",
     "el2n": "checks_retrained",
     "lira": "checks_retrained",
+    "disagreement": "checks_retrained",
+    "random_labels": "checks_retrained",
     "mixup": "checks_training",
     "bilevel": "checks_training",
 }

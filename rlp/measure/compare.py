@@ -10,7 +10,8 @@ import numpy as np
 
 from rlp.errors import UserError
 from rlp.files import write_atomically
-from rlp.measure.agreement import RunFacts, agreement_rows, granulated_rows, partial_rows
+from rlp.measure.agreement import agreement_rows
+from rlp.measure.agreement_runs import RunFacts, granulated_rows, partial_rows
 from rlp.measure.baselines.collect import Collected, collect
 from rlp.measure.estimate import auroc_estimate
 from rlp.measure.rows import planted_masks

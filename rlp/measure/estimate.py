@@ -102,7 +102,7 @@ def mean_estimate(values: Sequence[np.ndarray], *, level: float = 0.95) -> Estim
 
 
 def share_estimate(holds: np.ndarray) -> Estimate:
-    """Share of the samples for which something holds, bool ``[N]``: :func:`mean_estimate`, with ends from 0 to 1."""
+    """Mean over samples of what holds or does not, or of shares, ``[N]``: :func:`mean_estimate`, its ends in [0, 1]."""
     return _clipped(mean_estimate([holds[None]]), 0.0, 1.0)
 
 

@@ -23,6 +23,7 @@ from rlp.files import sync_folder, write_atomically
 from rlp.measure.run import Group, Run
 from rlp.models.taps import FeatureStore, Tap, hook_taps, layout_of, resolve_taps
 from rlp.philox import random_bits
+from rlp.regularisers import tell_samples
 from rlp.seeding import named_seed
 
 Mode = Literal["eval", "train"]
@@ -249,6 +250,7 @@ def _take(folder: Path, wanted: _Wanted) -> None:
         for batch in stack.enter_context(closing(loader.epoch(epoch))):
             store.features.clear()
             images = wanted.run.augment(batch.image, batch.index, epoch, train=wanted.view is not None)
+            tell_samples(model, batch.index)
             logits = model(images)
             _check_taps(wanted.taps, store)
             place = np.searchsorted(ids, batch.index.cpu().numpy())

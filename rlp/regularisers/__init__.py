@@ -9,10 +9,10 @@ from rlp.regularisers.bilevel import Bilevel
 from rlp.regularisers.class_loss import ClassLoss, ClassStep, Plain, pass_for_heads
 from rlp.regularisers.mixing import Mixing
 from rlp.regularisers.taps import modules_at
-from rlp.regularisers.tied_dropout import Tied, hang_tied_dropout, tied_dropout_of
+from rlp.regularisers.tied_dropout import Tied, hang_tied_dropout, tell_samples, tied_dropout_of
 from rlp.schema import TrainConfig
 
-__all__ = ["ClassLoss", "ClassStep", "hang_tied_dropout", "pass_for_heads", "regulariser_of"]
+__all__ = ["ClassLoss", "ClassStep", "hang_tied_dropout", "pass_for_heads", "regulariser_of", "tell_samples"]
 
 
 def regulariser_of(config: TrainConfig, model: nn.Module) -> ClassLoss:

@@ -107,6 +107,12 @@ def tied_dropout_of(model: nn.Module) -> TiedDropout | None:
     return getattr(model, _ATTRIBUTE, None)
 
 
+def tell_samples(model: nn.Module, index: Tensor) -> None:
+    """Before a pass in train mode: whose batch it is, sample ids int64 ``[B]``, if the network has such dropout."""
+    if (dropout := tied_dropout_of(model)) is not None:
+        dropout.index = index
+
+
 class Tied(Plain):
     """Plain cross-entropy of a network with example-tied dropout, which is told the batch's samples."""
 

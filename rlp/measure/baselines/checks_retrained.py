@@ -1,4 +1,4 @@
-"""Checks of the measures that retrain copies, on digits: 4 x 256 ReLU units, 800 samples, 20% of wrong labels.
+"""Checks of scores of single samples, on digits: 4 x 256 ReLU units, 800 samples, 20% of wrong labels.
 
 The network of ``configs/digits_mlp.yaml``, trained by the scripts of a checkout into a temporary folder.
 """
@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from rlp.measure.baselines import dynamics, feldman_zhang, lira
+from rlp.measure.baselines import dynamics, feldman_zhang, knn, lira, random_labels
 from rlp.measure.baselines.check import CheckResult, train_digits, write_digits
 from rlp.measure.baselines.interface import Findings, Subject
+from rlp.measure.baselines.planted import planted_auroc
 from rlp.measure.estimate import Estimate, mean_estimate
-from rlp.measure.run import open_run
+from rlp.measure.run import Run, open_run
 
 _CARD = "card: 8 px digits, 4 x 256 ReLU MLP, 800 samples, 20% of wrong labels"
 
@@ -43,6 +44,31 @@ def check_el2n(seeds: Sequence[int] = (0, 1, 2), small: bool = False) -> list[Ch
     ]
 
 
+def check_disagreement(seeds: Sequence[int] = (0, 1, 2), small: bool = False) -> list[CheckResult]:
+    """AUROC of the neighbours' disagreement on wrong labels, .996."""
+    found = [_auroc(knn.measure(_subject(seed)), seed, "knn_disagreement") for seed in seeds]
+    quantity = "knn_disagreement: AUROC(wrong label)"
+    return [_check("knn", quantity, found, (0.97, 1.0), f"{_CARD}: .996")]
+
+
+def check_random_labels(seeds: Sequence[int] = (0, 1, 2), small: bool = False) -> list[CheckResult]:
+    """AUROC of the mean log p of random labels on wrong labels, .85 on the card; of 8 draws at layer 4 if ``small``.
+
+    Over the layers it was .53, .68, .76, .79 (seed 0); heads of other features (projected, principal components, the
+    logits) or fitted by Adam come to .80 at most: the card's .85 is not met.
+    """
+    taps, draws = (("layer4",), 8) if small else (None, 30)
+    found = []
+    for seed in seeds:
+        subject = _subject(seed, taps)
+        findings = random_labels.measure(subject, draws=draws)
+        by_tap = [_auroc(findings, seed, f"rlp_{tap}") for tap in subject.members.features]
+        found.append(max(by_tap, key=lambda each: each.mean))
+    quantity = "rlp, best layer: AUROC(wrong label)"
+    bounds = (0.6, 0.9) if small else (0.7, 0.9)
+    return [_check("random_labels", quantity, found, bounds, f"{_CARD}: .85, which is not met")]
+
+
 def check_lira(seeds: Sequence[int] = (0, 1, 2), small: bool = False) -> list[CheckResult]:
     """AUC of 16 shadows above chance, as published for ResNet-18 on CIFAR (.655); 4 shadows where ``small``."""
     options: dict[str, Any] = {"shadows": 4, "epochs": 30} if small else {}
@@ -51,11 +77,17 @@ def check_lira(seeds: Sequence[int] = (0, 1, 2), small: bool = False) -> list[Ch
 
 
 @cache
-def _subject(seed: int) -> Subject:
-    """Members and non-members of a run of this seed, which all checks of a process share."""
+def _subject(seed: int, taps: tuple[str, ...] | None = None) -> Subject:
+    """Members and non-members of a run of this seed, at these taps or at all."""
+    return Subject.of(_run(seed), taps=taps, seed=seed)
+
+
+@cache
+def _run(seed: int) -> Run:
+    """Which all checks of a process share."""
     files = _files()
-    run = train_digits(files, files["train"].parent / f"seed{seed}", seed, data__label_noise=0.2)
-    return Subject.of(open_run(run, device="cpu"), seed=seed)
+    folder = train_digits(files, files["train"].parent / f"seed{seed}", seed, data__label_noise=0.2)
+    return open_run(folder, device="cpu")
 
 
 @cache
@@ -74,8 +106,23 @@ def _result(
 ) -> CheckResult:
     """One quantity over the seeds; of one seed with the interval that the measure gives."""
     estimates = [row.value for findings in found for row in findings.rows if row.quantity == quantity]
+    return _check(measure, quantity, estimates, expected, source)
+
+
+def _check(
+    measure: str, quantity: str, estimates: Sequence[Estimate], expected: tuple[float, float], source: str
+) -> CheckResult:
     estimate = estimates[0] if len(estimates) == 1 else over_seeds(estimates)
     return CheckResult(measure=measure, quantity=quantity, found=estimate, expected=expected, source=source)
+
+
+def _auroc(findings: Findings, seed: int, name: str) -> Estimate:
+    """Of a score of the members on wrong labels."""
+    members = _subject(seed).members
+    [values] = [score.values for score in findings.scores if (score.name, score.group) == (name, members.group)]
+    found = planted_auroc(values, members)
+    assert found is not None
+    return found
 
 
 def over_seeds(estimates: Sequence[Estimate]) -> Estimate:

@@ -23,27 +23,29 @@ import torch
 from torch import Tensor
 
 from rlp.errors import UserError
-from rlp.low_rank.curve import RANKS, NegativeActivations, accuracy_by_rank, area
+from rlp.low_rank.curve import FEWEST, RANKS, NegativeActivations, accuracy_by_rank, area
 from rlp.measure.baselines.images import images_of
 from rlp.measure.baselines.interface import Finding, Findings, SampleScore, Subject
 from rlp.measure.estimate import Estimate, mean_estimate
 from rlp.measure.features import FeatureSet
 
+SAMPLES = 4000
+"""Of a group that are looked at, about: their images lie on the device together."""
+
 
 def measure(
-    subject: Subject, *, ranks: Sequence[int] = RANKS, size: int = 100, per_label: int = 400, restarts: int = 3
+    subject: Subject, *, ranks: Sequence[int] = RANKS, size: int = 100, samples: int = SAMPLES, restarts: int = 3
 ) -> Findings:
     """The area at every tap behind a ReLU, and the score ``nmf`` of the first of these.
 
     The score is 1 − a sample's own share of the area: how long it is wrong as ranks grow. Samples of labels with fewer
-    than ten, and those beyond ``per_label``, have none. Intervals are over samples, with the batches as
-    they were made.
+    than ten, and those beyond ``samples``, have none. Intervals are over samples, with the batches as they were made.
 
     Args:
         subject: the run and its samples.
         ranks: k, ascending.
         size: samples of one label that are factorised together, at most.
-        per_label: samples of each label that are looked at, at most.
+        samples: of a group that are looked at, as many of each label, but ten of each at least.
         restarts: of the factorisation.
 
     Raises:
@@ -52,7 +54,7 @@ def measure(
     rows: list[Finding] = []
     scores: list[SampleScore] = []
     refused: UserError | None = None
-    groups = [_Part.of(subject, group, per_label) for group in (subject.members, subject.non_members)]
+    groups = [_Part.of(subject, group, samples) for group in (subject.members, subject.non_members)]
     for depth, tap in enumerate(subject.members.features):
         try:
             mine, theirs = (part.areas(tap, ranks, size, restarts) for part in groups)
@@ -67,9 +69,9 @@ def measure(
                 quantity="area",
                 value=_mean(mine["nmf"]),
                 non_members=_mean(theirs["nmf"]),
-                chance=groups[0].chance,
+                chance=groups[0].chance(mine["nmf"]),
                 controls={
-                    "whole": groups[0].accuracy,
+                    "whole": groups[0].accuracy(mine["nmf"]),
                     **{kind: _mean(mine[kind]).mean for kind in ("pca", "ablation")},
                 },
                 count=int(np.isfinite(mine["nmf"]).sum()),
@@ -86,38 +88,36 @@ def measure(
 
 @dataclass(frozen=True)
 class _Part:
-    """The samples of a group that are looked at: their places in it, images and given labels."""
+    """The samples of a group that are looked at: their places in it, and their images."""
 
     subject: Subject
     group: FeatureSet
     places: np.ndarray
     images: Tensor
-    labels: Tensor
 
     @classmethod
-    def of(cls, subject: Subject, group: FeatureSet, per_label: int) -> "_Part":
-        every = (np.flatnonzero(group.given == c) for c in np.unique(group.given))
+    def of(cls, subject: Subject, group: FeatureSet, samples: int) -> "_Part":
+        every = [np.flatnonzero(group.given == c) for c in np.unique(group.given)]
+        per_label = max(FEWEST, samples // len(every))
         spread = (rows[np.linspace(0, len(rows) - 1, min(per_label, len(rows))).astype(int)] for rows in every)
         places = np.concatenate(list(spread))
-        images = images_of(subject.run, group.ids[places], group.group)
-        return cls(subject, group, places, images, torch.from_numpy(group.given[places]).to(images.device))
+        return cls(subject, group, places, images_of(subject.run, group.ids[places], group.group))
 
-    @property
-    def accuracy(self) -> float:
-        """With nothing replaced."""
-        return float((self.group.logits.argmax(1).numpy() == self.group.given)[self.places].mean())
+    def accuracy(self, areas: np.ndarray) -> float:
+        """With nothing replaced, of the samples that have an area."""
+        right = self.group.logits.argmax(1).numpy() == self.group.given
+        return float(right[np.isfinite(areas)].mean())
 
-    @property
-    def chance(self) -> float:
-        """Accuracy of the most frequent given label."""
-        return float(self.labels.bincount().max() / len(self.labels))
+    def chance(self, areas: np.ndarray) -> float:
+        """Accuracy of the most frequent given label, of the same."""
+        counts = np.bincount(self.group.given[np.isfinite(areas)])
+        return float(counts.max() / counts.sum())
 
     def areas(self, tap: str, ranks: Sequence[int], size: int, restarts: int) -> dict[str, np.ndarray]:
         """By kind the area of each sample of the whole group, float64 ``[N]``."""
         model, seed = self.subject.run.model, self.subject.seed
-        found = accuracy_by_rank(
-            model, self.images, self.labels, tap, ranks=ranks, size=size, restarts=restarts, seed=seed
-        )
+        labels = torch.from_numpy(self.group.given[self.places]).to(self.images.device)
+        found = accuracy_by_rank(model, self.images, labels, tap, ranks=ranks, size=size, restarts=restarts, seed=seed)
         areas = {kind: np.full(len(self.group), np.nan) for kind in found}
         for kind, by_rank in found.items():
             areas[kind][self.places] = area(by_rank, ranks)

@@ -14,15 +14,16 @@ on labels, so shuffles cost nothing: N² · D products a tap and group, minutes 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
+from rlp.errors import UserError
 from rlp.measure.baselines.images import noisy_features
 from rlp.measure.baselines.interface import Finding, Findings, SampleScore, Subject
 from rlp.measure.baselines.neighbours import nearest
-from rlp.measure.estimate import Estimate, mean_estimate
+from rlp.measure.estimate import Estimate, share_estimate
 from rlp.measure.features import FeatureSet, augmentation, extract
 from rlp.seeding import named_seed
 
@@ -51,10 +52,7 @@ class Shuffles:
     @property
     def memorised(self) -> Estimate:
         """Mean accuracy of the shuffles, with an interval over samples."""
-        found = mean_estimate([self.by_sample[None]])
-        if found.low is None or found.high is None:
-            return found
-        return replace(found, low=max(0.0, found.low), high=min(1.0, found.high))
+        return share_estimate(self.by_sample)
 
 
 def shuffled(neighbour: np.ndarray, labels: np.ndarray, shuffles: int, seed: int) -> Shuffles:
@@ -88,7 +86,12 @@ def measure(subject: Subject, *, shuffles: int = 999, noise: float | None = 0.25
         subject: the run and its samples.
         shuffles: B, 99 or more for a p of 0.01.
         noise: deviation of the noise that makes the view, in those of the pixels; None for an augmented view.
+
+    Raises:
+        UserError: no shuffles.
     """
+    if shuffles < 1:
+        raise UserError(f"{shuffles} shuffles of the labels; expected at least 1")
     view = f"Gaussian noise of {noise} deviations" if noise is not None else augmentation(subject.run)[1]
     groups = {"members": subject.members, "non-members": subject.non_members, "untrained": subject.untrained}
     views = {name: _view(subject, group, noise, name == "untrained") for name, group in groups.items()}

@@ -537,3 +537,20 @@ def test_a_killed_process_leaves_a_sweep_that_goes_on(tmp_path: Path) -> None:
         assert main(arguments) == 0
     assert first.stat().st_mtime_ns == stamp
     assert commands.trained == ["training trials/plain-trial1", "training final/plain-seed0"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--jobs", "0"], "0 is not from 1 to"),
+        (["--seeds", "1", "-1"], "-1 is not from 0 to"),
+        (["--trials", "many"], "'many' is no integer"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(
+    given: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["digits", *given])
+    assert stop.value.code == 2
+    assert f"argument {given[0]}: {message}" in capsys.readouterr().err

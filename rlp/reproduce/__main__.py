@@ -15,6 +15,7 @@ import sys
 
 from rlp.errors import UserError, exit_on_user_error
 from rlp.files import write_atomically
+from rlp.reproduce.arguments import positive, seed
 from rlp.reproduce.finding import finding_names, load_finding, load_size, size_names
 from rlp.runlog import environment
 
@@ -104,29 +105,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("name", nargs="?", metavar="NAME", help="the finding; --list prints them")
     parser.add_argument("--list", action="store_true", help="print the findings and what they claim")
     parser.add_argument("--size", choices=size_names(), default="digits", help="(default: %(default)s)")
-    parser.add_argument(
-        "--seeds", nargs="+", type=_seed, default=[0, 1, 2], metavar="S", help="of the networks (0 1 2)"
-    )
-    parser.add_argument("--draws", type=_positive, default=5, help="random labellings (default: %(default)s)")
+    parser.add_argument("--seeds", nargs="+", type=seed, default=[0, 1, 2], metavar="S", help="of the networks (0 1 2)")
+    parser.add_argument("--draws", type=positive, default=5, help="random labellings (default: %(default)s)")
     parser.add_argument("--out", metavar="FOLDER", help="(default: runs/paper/NAME)")
-    parser.add_argument("--jobs", type=_positive, metavar="J", help="trainings at a time (default: as cores allow)")
+    parser.add_argument("--jobs", type=positive, metavar="J", help="trainings at a time (default: as cores allow)")
     parser.add_argument("--data.train", dest="data_train", metavar="FILE", help="a .beton in place of the size's own")
     parser.add_argument("--data.val", dest="data_val", metavar="FILE", help="likewise")
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is less than 1")
-    return value
-
-
-def _seed(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"{value} is not from 0 to 2^63 - 1")
-    return value
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from rlp.errors import UserError, exit_on_user_error
 from rlp.files import write_atomically
+from rlp.reproduce.arguments import positive, seed
 from rlp.runlog import environment
 
 if TYPE_CHECKING:
@@ -146,28 +147,14 @@ def _parser() -> argparse.ArgumentParser:
         "python -m rlp.sweep", description=__doc__, formatter_class=raw, allow_abbrev=False
     )
     parser.add_argument("config", metavar="CONFIG", help="the search space: a file, or a name in configs/sweep")
-    parser.add_argument("--trials", type=_positive, metavar="T", help="of each regulariser (default: the file's)")
+    parser.add_argument("--trials", type=positive, metavar="T", help="of each regulariser (default: the file's)")
     parser.add_argument(
-        "--seeds", nargs="+", type=_seed, default=[0, 1, 2], metavar="S", help="of the retrained networks (0 1 2)"
+        "--seeds", nargs="+", type=seed, default=[0, 1, 2], metavar="S", help="of the retrained networks (0 1 2)"
     )
-    parser.add_argument("--jobs", type=_positive, metavar="J", help="trainings at a time (default: one a GPU or core)")
+    parser.add_argument("--jobs", type=positive, metavar="J", help="trainings at a time (default: one a GPU or core)")
     parser.add_argument("--out", metavar="FOLDER", help="(default: runs/sweep/NAME)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these regularisers")
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is less than 1")
-    return value
-
-
-def _seed(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**31:
-        raise argparse.ArgumentTypeError(f"{value} is not from 0 to 2^31 - 1")
-    return value
 
 
 if __name__ == "__main__":

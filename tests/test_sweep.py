@@ -153,8 +153,9 @@ def test_trials_begin_with_the_defaults_and_more_begin_with_fewer(tmp_path: Path
     assert len({each["train.lr"] for each in found}) == 30
     assert all(0.01 <= each["train.lr"] <= 0.1 and each["train.patience"] in range(2, 10) for each in found)
     assert {each["train.bilevel"] for each in found} == {2, 4}
-    others = proposals(space, space.regularisers["rlp"], 4)
-    assert others[1]["train.lr"] != found[1]["train.lr"]  # each regulariser has draws of its own
+    others = proposals(space, space.regularisers["rlp"], 30)
+    assert [{key: each[key] for key in plain} for each, plain in zip(others, found, strict=True)] == found
+    assert len({each["heads.lam"] for each in others}) == 30
 
 
 def test_trials_differ_in_nothing_but_what_is_searched_and_set(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from rlp.regularisers import regulariser_of
 from rlp.reproduce.study import text_of
 from rlp.schema import TrainConfig
 from rlp.seeding import named_seed
-from rlp.sweep.space import RESERVED, Regulariser, Space
+from rlp.sweep.space import RESERVED, Regulariser, Searched, Space
 
 
 @dataclass(frozen=True)
@@ -149,20 +149,30 @@ def check_networks(sweep: Sweep) -> None:
 
 
 def proposals(space: Space, regulariser: Regulariser, count: int) -> list[dict[str, Any]]:
-    """The settings of a regulariser's trials: its defaults first, then at random (Optuna's RandomSampler).
+    """The settings of a regulariser's trials: its defaults first, then at random.
 
-    Trials do not depend on each other's results: they are the same in any order, on any number of devices, and the
-    first of more trials are those of fewer.
+    What every regulariser searches, such as the learning rate, has the same values in a trial of this number for all of
+    them: none wins by better luck with the rates. Trials do not depend on each other's results: they are the same in
+    any order, on any number of devices, and the first of more trials are those of fewer.
     """
+    own = [each for each in regulariser.search if each not in space.search]
+    shared = _drawn(space.search, named_seed(space.seed, "sweep"), count)
+    return [
+        a | b
+        for a, b in zip(shared, _drawn(own, named_seed(space.seed, f"sweep.{regulariser.name}"), count), strict=True)
+    ]
+
+
+def _drawn(search: Sequence[Searched], seed: int, count: int) -> list[dict[str, Any]]:
+    """Defaults, then what Optuna's RandomSampler draws."""
     try:
         import optuna
     except ImportError:
         raise UserError("the search needs the package optuna, which is not installed") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    seed = named_seed(space.seed, f"sweep.{regulariser.name}") % 2**32
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
-    study.enqueue_trial({each.key: each.default for each in regulariser.search})
-    distributions = {each.key: each.as_optuna() for each in regulariser.search}
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed % 2**32))
+    study.enqueue_trial({each.key: each.default for each in search})
+    distributions = {each.key: each.as_optuna() for each in search}
     return [dict(study.ask(distributions).params) for _ in range(count)]
 
 

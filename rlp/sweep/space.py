@@ -104,6 +104,7 @@ class Space:
         seed: of the trials' networks and of the search.
         threads: of the processor for each training.
         fresh: how κ and Δ are read.
+        search: what every regulariser searches.
         regularisers: by name, in the order of the file.
     """
 
@@ -117,6 +118,7 @@ class Space:
     seed: int
     threads: int
     fresh: FreshHeads
+    search: tuple[Searched, ...]
     regularisers: dict[str, Regulariser]
 
 
@@ -142,6 +144,7 @@ def read_space(path: Path) -> Space:
         seed=fields.take("seed", int, 1000),
         threads=fields.take("threads", int, 1),
         fresh=_fresh(fields.take("fresh", dict), f"{path}: fresh"),
+        search=shared,
         regularisers={name: _regulariser(name, each, shared, str(path)) for name, each in listed.items()},
     )
     fields.finish()

@@ -156,11 +156,9 @@ def proposals(space: Space, regulariser: Regulariser, count: int) -> list[dict[s
     any order, on any number of devices, and the first of more trials are those of fewer.
     """
     own = [each for each in regulariser.search if each not in space.search]
-    shared = _drawn(space.search, named_seed(space.seed, "sweep"), count)
-    return [
-        a | b
-        for a, b in zip(shared, _drawn(own, named_seed(space.seed, f"sweep.{regulariser.name}"), count), strict=True)
-    ]
+    parts = ((space.search, "sweep"), (own, f"sweep.{regulariser.name}"))
+    shared, special = (_drawn(search, named_seed(space.seed, name), count) for search, name in parts)
+    return [a | b for a, b in zip(shared, special, strict=True)]
 
 
 def _drawn(search: Sequence[Searched], seed: int, count: int) -> list[dict[str, Any]]:

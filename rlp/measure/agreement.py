@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from rlp.intervals import student_t
 from rlp.measure.estimate import Estimate
@@ -60,7 +61,7 @@ def agreement_rows(runs: Sequence[Columns], seed: int = 0) -> list[Row]:
     names = [name for name in runs[0] if all(name in columns for columns in runs)]
     chosen = [_some(columns, named_seed(seed, f"agreement {number}")) for number, columns in enumerate(runs)]
     rows = []
-    for a, b in combinations(names, 2):
+    for a, b in tqdm([*combinations(names, 2)], "agreement of scores", disable=None, leave=False):
         pairs = [_finite(columns[a], columns[b]) for columns in chosen]
         found: dict[str, Statistic] = {"kendall": kendall, "spearman": spearman}
         estimates = {name: over_runs(statistic, pairs, seed) for name, statistic in found.items()}

@@ -89,7 +89,7 @@ def granulated_rows(runs: Sequence[RunFacts], seed: int = 0) -> list[Row]:
             {
                 "measure": name,
                 "granulated": mean,
-                "interval": estimate and [estimate.low, estimate.high],
+                "interval": None if estimate is None or estimate.low is None else [estimate.low, estimate.high],
                 "worst": worst,
                 "worst_tau": by_setting[worst],
                 "by_setting": by_setting,
@@ -157,8 +157,10 @@ def bootstrapped(mean: float, resampled: Callable[[], float], seeds: int, sample
     """An estimate from the bootstrap over some units, two or more.
 
     Its interval is the middle 95% of resamples, stretched as far as Student's t of few units goes beyond the normal
-    distribution. Resamples in which the statistic does not exist are left out.
+    distribution. Resamples in which the statistic does not exist are left out. Where all are equal, as of three seeds
+    that order every pair alike, they say nothing of the next one: no interval.
     """
-    ends = middle(np.array([resampled() for _ in range(RESAMPLES)]))
+    drawn = np.array([resampled() for _ in range(RESAMPLES)])
+    ends = middle(drawn) if np.nanmin(drawn) < np.nanmax(drawn) else np.full(2, np.nan)
     stretch = student_t(LEVEL, units - 1) / NormalDist().inv_cdf((1 + LEVEL) / 2) * math.sqrt(units / (units - 1))
     return correlation(mean, mean + stretch * (ends - mean), seeds, samples)

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -446,6 +447,7 @@ def test_every_regulariser_has_as_many_trials_and_all_are_shown(told: dict[str, 
         assert len(each["trials"]) == 2
         accuracies = [trial["validation_accuracy"] for trial in each["trials"]]
         assert each["chosen"] == int(np.argmax(accuracies))
+        assert each["median_trial"] == statistics.median(accuracies)
         assert {network["seed"] for network in each["networks"]} == {0, 1}
         chosen = each["trials"][each["chosen"]]["params"]
         assert all(network["params"] == chosen for network in each["networks"])

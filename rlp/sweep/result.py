@@ -37,6 +37,11 @@ class Result:
     retrained: Sequence[Outcome]
     finals: Sequence[Final]
 
+    @property
+    def median_trial(self) -> float:
+        """Validation accuracy of the trial in the middle: of no search; 0 is a trial whose loss was not finite."""
+        return float(np.median([trial.accuracy or 0.0 for trial in self.trials]))
+
 
 def numbers_of(result: Result, results: Sequence[Result]) -> dict[str, Estimate | None]:
     """Every number of a row of the table."""
@@ -73,6 +78,7 @@ def _entry(result: Result, results: Sequence[Result]) -> dict[str, Any]:
         "checkpoint": result.regulariser.checkpoint,
         "trials": [_trial(outcome) for outcome in result.trials],
         "chosen": result.chosen.training.number,
+        "median_trial": result.median_trial,
         "estimates": {name: None if value is None else value.as_dict() for name, value in numbers.items()},
         "networks": [_trial(outcome) | _network(outcome, result.finals) for outcome in result.retrained],
     }

@@ -77,10 +77,12 @@ def as_markdown(sweep: Sweep, results: Sequence[Result], selection: int, facts: 
 
 
 def _main_table(results: Sequence[Result]) -> list[str]:
-    rows = [_line(["regulariser", "chosen", *COLUMNS.values()]), _line(["---"] * (len(COLUMNS) + 2))]
+    head = ["regulariser", "chosen", "validation: chosen, median trial", *COLUMNS.values()]
+    rows = [_line(head), _line(["---"] * len(head))]
     for result in results:
         numbers = numbers_of(result, results)
-        cells = [result.regulariser.name, settings_text(result.chosen.training.params)]
+        validation = f"{result.chosen.accuracy or 0:.3f}, {result.median_trial:.3f}"
+        cells = [result.regulariser.name, settings_text(result.chosen.training.params), validation]
         rows.append(_line([*cells, *(_number(numbers[name]) for name in COLUMNS)]))
     return rows
 
@@ -92,7 +94,7 @@ def _samples(results: Sequence[Result]) -> str:
         f"Accuracy and ECE ({BINS} bins) on {counts['test']} test samples that no choice was made on, and accuracy on "
         f"the {counts['noisy']} of {counts['members']} members whose given label is wrong: by that label "
         "(memorised) and by the true one. κ and Δ of fresh heads on the frozen features. Intervals are 95%: over "
-        "seeds, for κ and Δ over seed, draw and sample."
+        "seeds, for κ and Δ over seed, draw and sample. The median trial says how much hangs on the search."
     )
 
 

@@ -2,7 +2,7 @@
 
 The area is that of :func:`rlp.low_rank.curve.nmf_area` (Collins, Bigdeli, Süsstrunk, arXiv 1810.03372, who stop where
 it is largest). Which samples it is read of is our choice: up to :data:`PER_LABEL` of each of up to :data:`LABELS` given
-labels, evenly spread over the training set, as evaluation shows them.
+labels that have ten, evenly spread over the training set, as evaluation shows them.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from rlp.data.batch import Loader
 from rlp.data.view import View
-from rlp.low_rank.curve import nmf_area
+from rlp.errors import UserError
+from rlp.low_rank.curve import FEWEST, nmf_area
 
 LABELS, PER_LABEL, RESTARTS = 10, 100, 1
 AREA = "nmf_area"
@@ -29,9 +30,16 @@ def score_of(row: dict[str, Any]) -> float:
 
 
 def few_of_each_label(view: View) -> View:
-    """The samples of a training set that the area is read of."""
+    """The samples of a training set that the area is read of.
+
+    Raises:
+        UserError: no label has enough of them.
+    """
     label = view.label[view.ids]
-    labels = _spread(np.unique(label), LABELS)
+    found, counts = np.unique(label, return_counts=True)
+    if counts.max(initial=0) < FEWEST:
+        raise UserError(f"train.nmf_tap: no given label has {FEWEST} samples; expected more samples, or fewer classes")
+    labels = _spread(found[counts >= FEWEST], LABELS)
     rows = [_spread(view.ids[label == value], PER_LABEL) for value in labels]
     return replace(view, ids=np.sort(np.concatenate(rows)))
 
@@ -63,7 +71,7 @@ class NmfArea:
         """From 0 to 1; the network has its modes back afterwards.
 
         Raises:
-            UserError: activations are negative, or no label has ten samples.
+            UserError: activations are negative.
         """
         image = self._augment(self._image, self._index, 0, train=False)
         return nmf_area(model, image, self._label, self._tap, restarts=RESTARTS, seed=self._seed)

@@ -163,7 +163,7 @@ check_environment() { # imports what was installed, and looks that nothing repla
     found=$(installed torch) || return
     echo "torch $found is installed, $(pinned torch) is pinned"
     [[ ${found%%+*} == "$(pinned torch)" ]] || return
-    "$venv/bin/python" -c 'import torch, numba, cv2, ffcv, ffcv.fields, fastargs, sklearn, matplotlib, rlp'
+    "$venv/bin/python" -c 'import torch, numba, cv2, ffcv, ffcv.fields, fastargs, sklearn, matplotlib, optuna, rlp'
 }
 
 ffcv_is_ready() { # the pinned version is there and loads: the libraries that it was compiled against still exist

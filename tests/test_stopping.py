@@ -12,7 +12,7 @@ import torch
 from rlp.data.view import View
 from rlp.distributed import World
 from rlp.errors import UserError
-from rlp.low_rank.curve import nmf_area
+from rlp.low_rank.curve import FEWEST, nmf_area
 from rlp.measure.run import open_run
 from rlp.runlog import read_rows
 from rlp.stopping import LABELS, PER_LABEL, NmfArea, few_of_each_label, score_of
@@ -44,7 +44,7 @@ def test_a_row_is_scored_by_accuracy_or_else_by_the_area() -> None:
     assert score_of({"val": {"accuracy": 0.25}, "nmf_area": 0.75}) == 0.75
 
 
-@pytest.mark.parametrize(("classes", "each"), [(3, 7), (LABELS, PER_LABEL), (23, PER_LABEL + 30)])
+@pytest.mark.parametrize(("classes", "each"), [(3, 12), (LABELS, PER_LABEL), (23, PER_LABEL + 30)])
 def test_it_reads_few_samples_of_each_given_label(classes: int, each: int) -> None:
     ids = np.arange(5, 5 + classes * each)
     label = np.random.default_rng(0).permutation(np.repeat(np.arange(classes), each))
@@ -55,6 +55,22 @@ def test_it_reads_few_samples_of_each_given_label(classes: int, each: int) -> No
     counts = np.bincount(label[few.ids], minlength=classes)
     assert (counts > 0).sum() == min(LABELS, classes)
     assert {*counts[counts > 0]} == {min(PER_LABEL, each)}
+
+
+def test_labels_too_rare_for_an_area_take_no_place_of_others() -> None:
+    """Of 40 labels every fourth has ten samples: ten labels, whichever places the others would have had."""
+    each = np.where(np.arange(4 * LABELS) % 4 == 3, FEWEST, FEWEST - 1)
+    label = np.repeat(np.arange(4 * LABELS), each)
+    few = few_of_each_label(View(np.arange(len(label)), label))
+    assert np.unique(label[few.ids]).tolist() == list(range(3, 4 * LABELS, 4))
+    assert len(few.ids) == LABELS * FEWEST
+
+
+def test_too_few_samples_of_each_label_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    write_tiny_sets(tmp_path, train=4 * (FEWEST - 1))
+    with pytest.raises(UserError, match=r"train.nmf_tap: no given label has 10 samples; expected more"):
+        train(tiny_config(tmp_path, train__nmf_tap=TAP), World())
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_row_has_the_area_of_the_trained_network(folder: Path) -> None:

@@ -44,6 +44,8 @@ SPACES = sorted((ROOT / "configs" / "sweep").glob("*.yaml"))
 LR = {"distribution": "log_uniform", "low": 0.01, "high": 0.1, "default": 0.05}
 LAM = {"distribution": "uniform", "low": 0, "high": 2, "default": 0.5}
 
+TAPS = {"distribution": "choice", "choices": ["layer1", "layer2", "fc"], "default": "layer1"}
+
 
 def a_space(**changes: Any) -> dict[str, Any]:
     """The content of a good file."""
@@ -198,6 +200,10 @@ def test_selection_shares_no_sample_with_training_nor_with_the_fresh_heads(tmp_p
         (
             {"regularisers": {"a": {"settings": {"train.manifold_mixup": 1.0, "train.manifold_taps": ["lay"]}}}},
             "tap 'lay' names no module",
+        ),
+        (
+            {"regularisers": {"a": {"search": {"train.nmf_tap": TAPS}}}},
+            "train.nmf_tap: activations at tap 'fc' go down to",
         ),
     ],
 )

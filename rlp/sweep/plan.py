@@ -132,20 +132,25 @@ class Sweep:
 
 
 def check_networks(sweep: Sweep) -> None:
-    """Build a network of each regulariser once the data are there, to find what does not fit before hours of training.
+    """Build networks of each regulariser once the data are there, to find what does not fit before hours of training.
+
+    One by the defaults and one for every other choice, such as of a tap.
 
     Raises:
         UserError: a tap does not exist, or ``fresh.tap`` names more than one.
     """
     card, tap = Beton.open(sweep.base.data.train).card, sweep.space.fresh.tap
     for regulariser in sweep.regularisers():
-        config = sweep.trial(regulariser, 0, {each.key: each.default for each in regulariser.search}).config
-        with torch.random.fork_rng(devices=[]):
-            model, _ = build_network(config, card, torch.device("cpu"))
-        regulariser_of(config, model)
-        found = [each.name for each in resolve_taps(model, [tap])]
-        if len(found) > 1:
-            raise UserError(f"fresh.tap '{tap}' names {', '.join(found)}; expected one of them")
+        defaults = {each.key: each.default for each in regulariser.search}
+        others = [{each.key: choice} for each in regulariser.search for choice in each.choices]
+        for own in [{}, *(other for other in others if not other.items() <= defaults.items())]:
+            config = sweep.trial(regulariser, 0, defaults | own).config
+            with torch.random.fork_rng(devices=[]):
+                model, _ = build_network(config, card, torch.device("cpu"))
+            regulariser_of(config, model)
+            found = [each.name for each in resolve_taps(model, [tap])]
+            if len(found) > 1:
+                raise UserError(f"fresh.tap '{tap}' names {', '.join(found)}; expected one of them")
 
 
 def proposals(space: Space, regulariser: Regulariser, count: int) -> list[dict[str, Any]]:

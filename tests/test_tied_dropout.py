@@ -9,11 +9,13 @@ from test_trainer import Stopped, drop_seconds, make_trainer, stop_at
 from tiny_run import assert_same_tensors, final_state, tiny_config, write_tiny_sets
 import torch
 
+from rlp.distributed import World
 from rlp.errors import UserError
 from rlp.measure.features import extract
 from rlp.measure.run import open_run
 from rlp.models import build_model
 from rlp.regularisers.tied_dropout import TiedDropout, tied_dropout_of
+from train_rlp import train
 
 TIED: dict[str, Any] = {"train__tied_dropout": 0.5, "train__tied_per_sample": 0.25, "train__tied_taps": ["block2"]}
 
@@ -61,10 +63,12 @@ def test_training_without_ids_is_refused() -> None:
         TiedDropout(0.5, 0.5, 0).apply("tap", torch.ones(2, 4), training=True)
 
 
-def test_a_share_that_no_channel_comes_to_is_refused(folder: Path) -> None:
-    """It would train without dropout, and nobody would know."""
+@pytest.mark.parametrize("taps", [["block*"], []])
+def test_a_share_that_no_channel_comes_to_is_refused(folder: Path, taps: list[str]) -> None:
+    """It would train without dropout, and nobody would know; with heads or without, before anything is written."""
     with pytest.raises(UserError, match=r"leaves none of the 32 channels at 'block2' to memorise"):
-        make_trainer(folder, "run", **TIED | {"train__tied_dropout": 0.01})
+        train(tiny_config(folder, heads__taps=taps, **TIED | {"train__tied_dropout": 0.01}), World())
+    assert not (folder / "run").exists()
     with pytest.raises(UserError, match=r"leaves none of the 4 channels"):
         TiedDropout(0.1, 0.5, 0).apply("tap", torch.ones(2, 4), training=False)
 

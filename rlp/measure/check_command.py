@@ -53,7 +53,7 @@ def add_check(commands: Any) -> None:
     part = commands.add_parser("check", help=about, description=f"{about}. Exit status 1 if one is not met.")
     part.set_defaults(call=_check)
     part.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"some of {', '.join(CHECKS)} (default: all, an hour or so on a CPU)"
+        "names", nargs="*", metavar="NAME", help=f"some of {', '.join(CHECKS)} (default: all, half an hour on a CPU)"
     )
     part.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="(default: 0 1 2)")
     part.add_argument("--small", action="store_true", help="fewer networks and epochs, as in the tests")

@@ -113,11 +113,17 @@ def _agreement(rows: Sequence[Row]) -> str:
     return _titled(f"Rank correlation with {reference}, members", "agreement", cells)
 
 
+def _between_seeds(row: Row) -> str:
+    if row["interval"] is not None:
+        return "[{:.3f}, {:.3f}]".format(*row["interval"])
+    return "one seed" if row["seeds"] == 1 else "seeds agree"
+
+
 def _granulated(rows: Sequence[Row]) -> str:
     cells = [
         [
             row["measure"], str(row["seeds"]), str(row["pairs"]), "0", number(row["granulated"]),
-            "one seed" if row["interval"] is None else "[{:.3f}, {:.3f}]".format(*row["interval"]),
+            _between_seeds(row),
             row["worst"], number(row["worst_tau"]),
         ]
         for row in sorted(rows, key=lambda row: -row["granulated"])

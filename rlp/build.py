@@ -17,10 +17,10 @@ from rlp.data.view import View, ViewOptions, make_view
 from rlp.distributed import World
 from rlp.errors import UserError
 from rlp.headplan import tap_factors
-from rlp.low_rank.activations import evaluating
 from rlp.low_rank.curve import check_tap
 from rlp.models import RandomLabelHeads, attach, build_model
 from rlp.models.attach import check_together
+from rlp.models.taps import probe
 from rlp.regularisers import hang_tied_dropout
 from rlp.schema import DataConfig, TrainConfig
 from rlp.stopping import NmfArea, few_of_each_label
@@ -156,8 +156,7 @@ def build_network(config: TrainConfig, card: Card, device: torch.device) -> tupl
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     example = torch.zeros(1, 3, height, width, device=device)
     if config.train.tied_dropout:
-        with torch.no_grad(), evaluating(model):
-            model(example)  # a tap that leaves no channel out is a mistake before anything is written
+        probe(model, example)  # a tap that leaves no channel out is a mistake before anything is written
     if config.train.nmf_tap:
         check_tap(model, config.train.nmf_tap, example, "train.nmf_tap")
     heads = config.heads

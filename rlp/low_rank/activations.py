@@ -11,18 +11,6 @@ from rlp.models.taps import Tap
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The network in eval mode, and its modes as before afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextmanager
 def replaced(model: nn.Module, tap: Tap, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Let the network go on with ``change`` of what passes at the tap.
 

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from rlp.errors import UserError
-from rlp.low_rank.activations import activations, as_matrices, evaluating, replaced
+from rlp.low_rank.activations import activations, as_matrices, replaced
 from rlp.low_rank.factors import few_units, non_negative, principal
+from rlp.models.modes import evaluating
 from rlp.models.taps import Tap, layout_of, resolve_taps
 from rlp.seeding import named_seed
 

@@ -21,6 +21,7 @@ from rlp.distributed import World
 from rlp.errors import UserError
 from rlp.files import sync_folder, write_atomically
 from rlp.measure.run import Group, Run
+from rlp.models.modes import modes_kept
 from rlp.models.taps import FeatureStore, Tap, hook_taps, layout_of, resolve_taps
 from rlp.philox import random_bits
 from rlp.regularisers import tell_samples
@@ -285,16 +286,13 @@ def _in_mode(model: nn.Module, mode: Mode, seed: int) -> Iterator[None]:
         yield
         return
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    modes = [(module, module.training) for module in model.modules()]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     try:
-        with torch.random.fork_rng(devices=devices):
+        with modes_kept(model), torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed % 2**63)
             model.train()
             yield
     finally:
-        for module, training in modes:
-            module.training = training
         for buffer, before in buffers:
             buffer.copy_(before)
 

@@ -17,6 +17,7 @@ from rlp.kernels.problem import ClassOrder
 from rlp.kernels.reference import RandomLabelLoss, mean_fit, statistics_from_logits
 from rlp.models.banks import Bank
 from rlp.models.cut import WEIGHTED, tail_of, trace
+from rlp.models.modes import evaluating
 from rlp.models.taps import FeatureStore, Tap
 from rlp.seeding import named_seed
 
@@ -205,7 +206,9 @@ class CopiedBank(Bank):
         parameter = next(self.parameters())
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(parameter.dtype)
-        with _own_randomness(x.device) if self.training else nullcontext(), _eval_if_empty(self, x):
+        # Of an empty batch batch norms in train mode would note the mean of nothing.
+        mode = nullcontext() if len(x) else evaluating(self)
+        with _own_randomness(x.device) if self.training else nullcontext(), mode:
             return torch.stack([of(branch)(x) for branch in self.branches], dim=1)
 
 
@@ -225,19 +228,6 @@ def _own_randomness(device: torch.device) -> Iterator[None]:
     """Put the global generators back at the end."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield
-
-
-@contextmanager
-def _eval_if_empty(module: nn.Module, x: Tensor) -> Iterator[None]:
-    """Batch norms in train mode would note the mean of nothing."""
-    modes = [(part, part.training) for part in module.modules()] if not len(x) else []
-    for part, _ in modes:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
 
 
 class _KeepWhole:

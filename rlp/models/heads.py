@@ -20,6 +20,7 @@ from rlp.kernels.reference import RandomLabelLoss, Statistics
 from rlp.labels import random_labels, random_words
 from rlp.losses import DOF, NEEDS_ENTROPY, PENALTIES, RIDGE, check_penalty, correct, degrees_of_freedom, kappa
 from rlp.models.banks import Bank
+from rlp.models.modes import evaluating
 from rlp.models.taps import FeatureStore
 
 MODES = ("online", "eval")
@@ -222,13 +223,8 @@ class RandomLabelHeads(nn.Module):
         """
         features = self._take_features()
         target, order = self._targets(index, words, features), self._classes(classes, features)
-        modes = [(module, module.training) for module in self.banks.modules()]
-        try:
-            self.banks.eval()
+        with evaluating(self.banks):
             found = self._losses(features, target, [False] * len(features), order)
-        finally:
-            for module, training in modes:
-                module.training = training
         self._add("eval", torch.stack([fit for fit, _ in found]), [stats for _, stats in found])
 
     def _losses(

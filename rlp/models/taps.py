@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch.utils.hooks import RemovableHandle
 
 from rlp.errors import UserError
+from rlp.models.modes import evaluating
 
 POOLS = ("auto", "avg", "avg_last", "cls", "mean", "flatten", "adaptive:K")
 
@@ -237,12 +238,6 @@ def tap_tensor(name: str, value: Any) -> Tensor:
 @torch.no_grad()
 def probe(model: nn.Module, example: Tensor) -> None:
     """Run ``model`` once in eval mode so that hooks fire, leaving its modes, statistics and the random state alone."""
-    modes = [(module, module.training) for module in model.modules()]
     devices = [example.device] if example.device.type == "cuda" else []
-    try:
-        model.eval()
-        with torch.random.fork_rng(devices=devices):
-            model(example)
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluating(model), torch.random.fork_rng(devices=devices):
+        model(example)
